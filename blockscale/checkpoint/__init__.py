@@ -1,0 +1,1 @@
+"""Safetensors checkpoints in, safetensors checkpoints out: read, plan, convert, inspect, verify."""

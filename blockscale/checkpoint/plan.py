@@ -1,0 +1,282 @@
+"""The full plan of a conversion: every output file, every tensor in it, and the digest that resume compares.
+
+A plan is made from headers and config.json alone. Output shards mirror the source's shards, so a shard is a
+unit of work that needs no other (but for scales found across shards), on one machine or many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from blockscale.checkpoint.families import family_of, stored_block_size
+from blockscale.checkpoint.index import SINGLE_NAME, CheckpointIndex, Header, TensorEntry, read_index
+from blockscale.checkpoint.recipe import (
+    FP8,
+    Decisions,
+    Recipe,
+    Signature,
+    decide_dequantize,
+    decide_quantize,
+)
+from blockscale.checkpoint.source import Source
+from blockscale.errors import BlockscaleError, CorruptCheckpointError
+from blockscale.formats import (
+    HIGH_PRECISION,
+    Quantization,
+    parse_quantization_config,
+    scale_name,
+    scale_shape,
+    tensor_nbytes,
+)
+from blockscale.version import __version__
+
+CONFIG_NAME = "config.json"
+MANIFEST_NAME = "blockscale.json"
+_WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".pkl",
+)
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written: name, safetensors dtype, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The work on one source tensor.
+
+    Attributes:
+        action: "quantize" gives codes and scale, "dequantize" and "copy" give one tensor.
+        source: what is read.
+        outputs: what is written, codes before scale.
+        scale: the scale that is read along when dequantizing.
+        block_size: (rows, columns) that share a scale, on the axes as stored.
+    """
+
+    action: Literal["quantize", "dequantize", "copy"]
+    source: TensorEntry
+    outputs: tuple[OutputTensor, ...]
+    scale: TensorEntry | None = None
+    block_size: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file: its name, the source file it is made of, its tasks, its header metadata."""
+
+    file: str
+    source_file: str
+    tasks: tuple[Task, ...]
+    metadata: dict[str, str]
+
+    @property
+    def outputs(self) -> tuple[OutputTensor, ...]:
+        return tuple(output for task in self.tasks for output in task.outputs)
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(task.source.nbytes for task in self.tasks)
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything a conversion will do.
+
+    Attributes:
+        command: "quantize" or "dequantize".
+        options: what decides the bytes of the result (not workers, not device).
+        shards: output files in order.
+        config: config.json of the result.
+        index_metadata: metadata of the result's index, or None for one file without an index.
+        carried: files copied byte for byte.
+        decisions: tensor by tensor, with reasons.
+        fingerprints: source file -> size and time or etag, to notice a source that changes.
+    """
+
+    command: Literal["quantize", "dequantize"]
+    options: dict[str, Any]
+    shards: tuple[ShardPlan, ...]
+    config: dict[str, Any]
+    index_metadata: dict[str, Any] | None
+    carried: tuple[str, ...]
+    decisions: Decisions
+    fingerprints: dict[str, list[Any]]
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(shard.input_bytes for shard in self.shards)
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(output.nbytes for shard in self.shards for output in shard.outputs)
+
+    def counts(self) -> dict[str, int]:
+        """Tensors per action."""
+        actions = [decision.action for decision in self.decisions.by_name.values()]
+        return {action: actions.count(action) for action in sorted(set(actions))}
+
+    def digest(self) -> str:
+        """SHA-256 of all that decides the result: version, options, source files, output tensors."""
+        outputs = [[s.file, [[o.name, o.dtype, o.shape] for o in s.outputs]] for s in self.shards]
+        content = [
+            __version__,
+            self.command,
+            self.options,
+            self.fingerprints,
+            outputs,
+            self.config,
+            self.carried,
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def signatures(index: CheckpointIndex) -> dict[str, Signature]:
+    """Name -> (dtype, shape) of every tensor."""
+    return {name: (entry.dtype, entry.shape) for name, entry in index.tensors.items()}
+
+
+def read_config(source: Source) -> dict[str, Any]:
+    """Parse config.json of a checkpoint.
+
+    Raises:
+        BlockscaleError: it is absent or not a JSON object.
+    """
+    where = f"{source.spec}/{CONFIG_NAME}"
+    if not source.fs.exists(source.path(CONFIG_NAME)):
+        raise BlockscaleError("no config.json", where=where, remedy="fetch it: it says which model this is")
+    try:
+        config = json.loads(source.read(CONFIG_NAME))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptCheckpointError("is not JSON", where=where) from error
+    if not isinstance(config, dict):
+        raise CorruptCheckpointError("is not a JSON object", where=where)
+    return config
+
+
+def plan_quantize(
+    source: Source,
+    recipe: Recipe,
+    index: CheckpointIndex | None = None,
+    keep: Mapping[str, str] | None = None,
+) -> ConversionPlan:
+    """Plan BF16 (F16, F32) -> block FP8; `keep` names further tensors to leave alone, with the reason."""
+    index = index or read_index(source)
+    config = read_config(source)
+    decisions = decide_quantize(signatures(index), config, recipe, keep)
+    family = family_of(config)
+
+    def task(entry: TensorEntry) -> Task | None:
+        if decisions.by_name[entry.name].action == "copy":
+            return _copy(entry)
+        block = stored_block_size(recipe.block_size, entry.shape, family)
+        codes = OutputTensor(entry.name, FP8, entry.shape)
+        scale = OutputTensor(scale_name(entry.name, recipe.layout), "F32", scale_shape(entry.shape, block))
+        if scale.name in index.tensors:
+            raise CorruptCheckpointError("name is taken by a tensor of the source", where=scale.name)
+        return Task("quantize", entry, (codes, scale), block_size=block)
+
+    quantization = Quantization(recipe.layout, recipe.fmt, decisions.skip)
+    result = {**_without_quantization(config), "quantization_config": quantization.config()}
+    options = {
+        "scale_fmt": recipe.scale_fmt,
+        "block_size": list(recipe.block_size),
+        "layout": recipe.layout,
+        "include": list(recipe.include),
+        "exclude": list(recipe.exclude),
+        "kept": dict(sorted((keep or {}).items())),
+    }
+    return _assemble("quantize", source, index, task, result, options, decisions)
+
+
+def plan_dequantize(
+    source: Source, dtype: str = "BF16", on_missing_scale: Literal["error", "keep"] = "error"
+) -> ConversionPlan:
+    """Plan block FP8 -> `dtype` (BF16, F16 or F32, as safetensors spells them)."""
+    if dtype not in HIGH_PRECISION:
+        raise BlockscaleError("unknown dtype", expected=" | ".join(HIGH_PRECISION), got=repr(dtype))
+    index = read_index(source)
+    config = read_config(source)
+    quantization = parse_quantization_config(config)
+    decisions = decide_dequantize(signatures(index), config, quantization, on_missing_scale=on_missing_scale)
+    assert quantization is not None
+    block, family = quantization.fmt.block_size, family_of(config)
+
+    def task(entry: TensorEntry) -> Task | None:
+        decision = decisions.by_name[entry.name]
+        if decision.action == "drop":
+            return None
+        if decision.scale is None:
+            return _copy(entry)
+        output = OutputTensor(entry.name, dtype, entry.shape)
+        stored = stored_block_size(block, entry.shape, family)
+        return Task("dequantize", entry, (output,), scale=index.tensors[decision.scale], block_size=stored)
+
+    result = _without_quantization(config)
+    torch_name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
+    for key in ("dtype", "torch_dtype"):
+        if key in result:
+            result[key] = torch_name
+    if decisions.skip:
+        result["blockscale"] = {"kept_fp8_without_scale": list(decisions.skip)}
+    options = {"dtype": dtype, "on_missing_scale": on_missing_scale}
+    return _assemble("dequantize", source, index, task, result, options, decisions)
+
+
+def _copy(entry: TensorEntry) -> Task:
+    return Task("copy", entry, (OutputTensor(entry.name, entry.dtype, entry.shape),))
+
+
+def _assemble(command, source, index, task, config, options, decisions) -> ConversionPlan:  # type: ignore[no-untyped-def]
+    shards = []
+    for file, header in index.headers.items():
+        tasks = tuple(made for entry in header.entries if (made := task(entry)) is not None)
+        name = SINGLE_NAME if index.index_metadata is None else file
+        if tasks:
+            shards.append(ShardPlan(name, file, tasks, _shard_metadata(header)))
+    files = source.files()
+    carried = tuple(name for name in files if _is_carried(name))
+    used = {CONFIG_NAME, *(shard.source_file for shard in shards), *carried}
+    fingerprints = {name: source.fingerprint(name) for name in sorted(used)}
+    return ConversionPlan(
+        command, options, tuple(shards), config, index.index_metadata, carried, decisions, fingerprints
+    )
+
+
+def _shard_metadata(header: Header) -> dict[str, str]:
+    # transformers refuses a file whose metadata lacks the format.
+    return {"format": "pt", **header.metadata}
+
+
+def _is_carried(name: str) -> bool:
+    weights = name.endswith(_WEIGHT_SUFFIXES) or name.endswith(".index.json")
+    return not weights and name not in (CONFIG_NAME, MANIFEST_NAME)
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in ("quantization_config", "compression_config")
+    }

@@ -1,0 +1,130 @@
+"""What is wrong with a checkpoint as its headers and config.json tell it: the classic mistakes, a line each.
+
+`inspect` prints them, `verify` fails on the errors. A warning is something an engine may cope with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from blockscale.checkpoint.families import family_of, stored_block_size
+from blockscale.checkpoint.index import CheckpointIndex
+from blockscale.checkpoint.names import keep_reason, role_of, sharing_groups
+from blockscale.checkpoint.plan import signatures
+from blockscale.checkpoint.recipe import FP8, SCALE_DTYPES, Signature, scale_of
+from blockscale.errors import BlockscaleError
+from blockscale.formats import (
+    HIGH_PRECISION,
+    Quantization,
+    module_path,
+    parse_quantization_config,
+    scale_name,
+    scale_shape,
+    scaled_weight_name,
+)
+
+_NEVER_FP8 = ("embedding", "head", "norm", "router", "mtp_projection", "vision")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `where` names the tensor or file."""
+
+    severity: Literal["error", "warning"]
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.severity}: {self.where}: {self.message}"
+
+
+def structural_problems(
+    index: CheckpointIndex, config: dict[str, Any]
+) -> tuple[Quantization | None, list[Problem]]:
+    """The quantization that config.json declares, and every problem that headers and config show."""
+    tensors = signatures(index)
+    fp8 = [name for name, (dtype, _) in tensors.items() if dtype == FP8]
+    try:
+        quantization = parse_quantization_config(config)
+    except BlockscaleError as error:
+        return None, [Problem("error", "config.json", str(error))]
+    problems = _index_problems(index)
+    if quantization is None:
+        if fp8:
+            text = f"{len(fp8)} FP8 tensors but no quantization_config, such as {fp8[0]}"
+            problems.append(Problem("error", "config.json", text))
+        return None, problems
+    if not fp8:
+        problems.append(Problem("error", "config.json", "stale quantization_config: there is no FP8 tensor"))
+        return quantization, problems
+    problems += _scale_problems(tensors, fp8, quantization, config)
+    problems += _precision_problems(tensors, quantization, config)
+    return quantization, problems
+
+
+def _index_problems(index: CheckpointIndex) -> list[Problem]:
+    declared = (index.index_metadata or {}).get("total_size")
+    if declared is None or int(declared) == index.total_size:
+        return []
+    text = f"total_size of the index is wrong: expected {index.total_size}, got {declared}"
+    return [Problem("error", "model.safetensors.index.json", text)]
+
+
+def _scale_problems(
+    tensors: Mapping[str, Signature], fp8: list[str], quantization: Quantization, config: dict[str, Any]
+) -> list[Problem]:
+    problems, family = [], family_of(config)
+    for name in fp8:
+        scale = scale_of(name, tensors)
+        if scale is None:
+            problems.append(Problem("error", name, "FP8 weight without a scale"))
+            continue
+        shape, (dtype, grid) = tensors[name][1], tensors[scale]
+        if len(shape) not in (2, 3):
+            problems.append(Problem("error", name, f"FP8 tensor is not a matrix: shape {list(shape)}"))
+            continue
+        expected = scale_shape(shape, stored_block_size(quantization.fmt.block_size, shape, family))
+        if grid != expected:
+            text = f"scale grid does not fit the block size: expected {list(expected)}, got {list(grid)}"
+            problems.append(Problem("error", scale, text))
+        if dtype not in SCALE_DTYPES:
+            problems.append(Problem("error", scale, f"scale has dtype {dtype}"))
+    for name in tensors:
+        weight = scaled_weight_name(name)
+        if weight is not None and weight in tensors and tensors[weight][0] != FP8:
+            problems.append(
+                Problem("error", name, f"scale of a weight that is {tensors[weight][0]}, not FP8")
+            )
+        elif weight not in tensors and name.endswith(scale_name("")):
+            problems.append(Problem("error", name, "scale without its weight"))
+    return problems
+
+
+def _precision_problems(
+    tensors: Mapping[str, Signature], quantization: Quantization, config: dict[str, Any]
+) -> list[Problem]:
+    problems, family, skip = [], family_of(config), set(quantization.skip)
+    for name, (dtype, shape) in tensors.items():
+        role, module = role_of(name), module_path(name)
+        if dtype == FP8 and role in _NEVER_FP8:
+            problems.append(Problem("error", name, f"{role} is FP8; engines keep it in high precision"))
+        if dtype == FP8 and module in skip:
+            problems.append(Problem("error", name, "is FP8 but on the skip list"))
+        linear = keep_reason(name, shape, dtype, family) is None
+        if linear and dtype in HIGH_PRECISION and not skip & {module, name.rpartition(".")[0]}:
+            text = f"is {dtype} but not on the skip list: engines will look for its scale"
+            problems.append(Problem("error", name, text))
+    for group in sharing_groups(tensors):
+        kinds = {name: tensors[name][0] == FP8 for name in group}
+        if len(set(kinds.values())) == 2:
+            one = next(name for name, is_fp8 in kinds.items() if not is_fp8)
+            other = next(name for name, is_fp8 in kinds.items() if is_fp8)
+            text = f"is {tensors[one][0]} but {other} is FP8; engines fuse the two"
+            problems.append(Problem("error", one, text))
+    modules = {module_path(name) for name in tensors} | {name.rpartition(".")[0] for name in tensors}
+    for entry in sorted(skip - modules - {"lm_head"}):
+        if not entry.startswith("re:"):
+            problems.append(Problem("warning", "config.json", f"skip list entry {entry!r} names no module"))
+    return problems

@@ -1,0 +1,362 @@
+"""Read every byte of a checkpoint back and prove that it is what it should be.
+
+Checked are: headers, index and config.json (`problems`), SHA-256 of every tensor and file against the
+manifest, scales (positive, finite, powers of two under ue8m0), codes (no NaN), and against the source:
+tensors that were copied are equal, FP8 weights are the source's values rounded to the nearest code. Rounding
+x to E4M3 codes of scale s is off by at most half a step,
+
+    |dequantized - x| <= max(|x| * 2**-4, s * 2**-10)
+
+(three mantissa bits; subnormal steps of 2**-9), up to float32 rounding of the division and the product.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockscale import ops
+from blockscale.checkpoint.engine import default_workers
+from blockscale.checkpoint.families import family_of, stored_block_size
+from blockscale.checkpoint.index import CheckpointIndex, TensorEntry, read_index
+from blockscale.checkpoint.inspect import scale_names, scale_value_problems
+from blockscale.checkpoint.plan import MANIFEST_NAME, read_config
+from blockscale.checkpoint.problems import Problem, structural_problems
+from blockscale.checkpoint.progress import Progress, Silent
+from blockscale.checkpoint.recipe import FP8, scale_of
+from blockscale.checkpoint.source import Source, open_source
+from blockscale.checkpoint.tasks import (
+    Reader,
+    chunks,
+    open_reader,
+    read_codes,
+    read_scale,
+    strips,
+    tensor_bytes,
+)
+from blockscale.errors import BlockscaleError, CorruptCheckpointError
+from blockscale.formats import HIGH_PRECISION, parse_quantization_config, scaled_weight_name
+
+# Two float32 roundings (division, product) on top of the half step.
+_ROUNDING_SLACK = 1 + 2.0**-20
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """Error of one FP8 weight: relative (Frobenius), and the largest single one over its bound."""
+
+    name: str
+    relative: float
+    worst_over_bound: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify_checkpoint` found.
+
+    Attributes:
+        tensors: tensors read, all bytes of them.
+        checksums: how many matched the manifest; None without a manifest.
+        compared: how many were compared with the source; None without one.
+        errors: per FP8 weight compared, worst first.
+        problems: empty if all is well.
+    """
+
+    source: str
+    tensors: int
+    nbytes: int
+    checksums: int | None
+    compared: int | None
+    errors: tuple[TensorError, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not any(problem.severity == "error" for problem in self.problems)
+
+    @property
+    def relative_error(self) -> float | None:
+        """Root mean square of the relative errors of all FP8 weights, or None."""
+        if not self.errors:
+            return None
+        return math.sqrt(sum(error.relative**2 for error in self.errors) / len(self.errors))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One checkpoint of a comparison: where it is, what it holds, and how its FP8 weights are blocked."""
+
+    source: Source
+    index: CheckpointIndex
+    config: dict[str, Any]
+    block_size: tuple[int, int] | None
+
+    def scale(self, entry: TensorEntry) -> torch.Tensor:
+        name = scale_of(entry.name, self.index.tensors)
+        if name is None:
+            raise CorruptCheckpointError("FP8 weight without a scale", where=entry.name)
+        return read_scale(self.index.tensors[name], self.source)
+
+    def stored_block(self, entry: TensorEntry) -> tuple[int, int]:
+        assert self.block_size is not None
+        return stored_block_size(self.block_size, entry.shape, family_of(self.config))
+
+
+def verify_checkpoint(
+    dst: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Verify a checkpoint, and compare it with the one it was made from.
+
+    Args:
+        dst: folder, Hub repository id or fsspec URL to verify.
+        against: the source it was converted from, in either direction.
+        workers: threads; None means one a core.
+        progress: told of totals, bytes read and tensors finished.
+
+    Raises:
+        BlockscaleError: there is nothing to verify, or a file contradicts its header.
+    """
+    side = _open_side(dst)
+    other = _open_side(against) if against is not None else None
+    manifest = _read_manifest(side.source)
+    quantization, problems = structural_problems(side.index, side.config)
+    problems += _set_problems(side, other, manifest)
+    for name in scale_names(side.index):
+        try:
+            problems += scale_value_problems(
+                side.scale(side.index.tensors[_weight(name)]), name, quantization
+            )
+        except CorruptCheckpointError as error:
+            problems.append(Problem("error", name, str(error)))
+    broken = {problem.where for problem in problems}
+    hashes = (manifest or {}).get("tensors", {})
+    progress = progress or Silent()
+    progress.start(side.index.total_size, len(side.index.tensors))
+    errors: list[TensorError] = []
+    with tempfile.TemporaryDirectory(prefix="blockscale-") as staging:
+        for file, header in side.index.headers.items():
+            with ExitStack() as stack:
+                readers = _open_files(side, other, file, Path(staging), stack)
+
+                def check(
+                    entry: TensorEntry, readers: _Readers = readers
+                ) -> tuple[list[Problem], TensorError | None]:
+                    return _check_tensor(
+                        entry, readers, (side, other), hashes.get(entry.name), broken, progress
+                    )
+
+                with ThreadPoolExecutor(workers or default_workers(), "blockscale-verify") as pool:
+                    for found, deviation in pool.map(check, header.entries):
+                        problems += found
+                        errors += [deviation] if deviation is not None else []
+    return Verification(
+        source=side.source.spec,
+        tensors=len(side.index.tensors),
+        nbytes=side.index.total_size,
+        checksums=None if manifest is None else sum(name in hashes for name in side.index.tensors),
+        compared=None if other is None else sum(name in other.index.tensors for name in side.index.tensors),
+        errors=tuple(sorted(errors, key=lambda error: -error.relative)),
+        problems=tuple(sorted(problems, key=lambda problem: problem.severity)),
+    )
+
+
+_Readers = dict[tuple[str, str], Reader]
+
+
+def _open_side(spec: str | os.PathLike[str]) -> _Side:
+    source = open_source(spec)
+    config = read_config(source)
+    try:
+        quantization = parse_quantization_config(config)
+    except BlockscaleError:
+        quantization = None
+    return _Side(source, read_index(source), config, quantization.fmt.block_size if quantization else None)
+
+
+def _read_manifest(source: Source) -> dict[str, Any] | None:
+    if not source.fs.exists(source.path(MANIFEST_NAME)):
+        return None
+    try:
+        manifest = json.loads(source.read(MANIFEST_NAME))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CorruptCheckpointError(
+            "manifest is not JSON", where=f"{source.spec}/{MANIFEST_NAME}"
+        ) from error
+    if not isinstance(manifest, dict):
+        raise CorruptCheckpointError("manifest is not a JSON object", where=f"{source.spec}/{MANIFEST_NAME}")
+    return manifest
+
+
+def _weight(scale: str) -> str:
+    weight = scaled_weight_name(scale)
+    assert weight is not None
+    return weight
+
+
+def _set_problems(side: _Side, other: _Side | None, manifest: dict[str, Any] | None) -> list[Problem]:
+    """Tensors and files that are missing or too many, and files whose checksum is wrong."""
+    problems = []
+    names = set(side.index.tensors)
+    if manifest is not None:
+        problems += [
+            Problem("error", name, "is in the manifest but gone")
+            for name in manifest["tensors"].keys() - names
+        ]
+        problems += [
+            Problem("error", name, "is not in the manifest") for name in names - manifest["tensors"].keys()
+        ]
+        for name, digest in manifest["files"].items():
+            if not side.source.fs.exists(side.source.path(name)):
+                problems.append(Problem("error", name, "file is in the manifest but gone"))
+            elif hashlib.sha256(side.source.read(name)).hexdigest() != digest:
+                problems.append(Problem("error", name, "file differs from the manifest"))
+    if other is not None:
+        scales = {*scale_names(side.index), *scale_names(other.index)}
+        missing = other.index.tensors.keys() - names - scales
+        added = names - other.index.tensors.keys() - scales
+        problems += [
+            Problem("error", name, f"is in {other.source.spec} but missing here") for name in missing
+        ]
+        problems += [Problem("error", name, f"is not in {other.source.spec}") for name in added]
+    return sorted(problems, key=lambda problem: problem.where)
+
+
+def _open_files(side: _Side, other: _Side | None, file: str, staging: Path, stack: ExitStack) -> _Readers:
+    """Open a shard and the files of the other side that hold the same tensors."""
+    wanted = [(side, file)]
+    if other is not None:
+        names = [
+            entry.name for entry in side.index.headers[file].entries if entry.name in other.index.tensors
+        ]
+        wanted += [(other, twin) for twin in sorted({other.index.tensors[name].file for name in names})]
+    readers: _Readers = {}
+    for place, (owner, name) in enumerate(wanted):
+        path = stack.enter_context(owner.source.local_file(name, staging / str(place)))
+        readers[owner.source.root, name] = stack.enter_context(open_reader(path))
+    return readers
+
+
+def _check_tensor(
+    entry: TensorEntry,
+    readers: _Readers,
+    sides: tuple[_Side, _Side | None],
+    digest: str | None,
+    broken: set[str],
+    progress: Progress,
+) -> tuple[list[Problem], TensorError | None]:
+    side, other = sides
+    reader = readers[side.source.root, entry.file]
+    problems: list[Problem] = []
+    deviation: TensorError | None = None
+    found, nan = _hash_and_count_nan(entry, reader, progress)
+    if digest is not None and found != digest:
+        problems.append(
+            Problem("error", entry.name, f"SHA-256 differs from the manifest: expected {digest}, got {found}")
+        )
+    if nan:
+        problems.append(Problem("error", entry.name, f"{nan} NaN codes"))
+    twin = other.index.tensors.get(entry.name) if other is not None else None
+    if (
+        twin is not None
+        and other is not None
+        and not broken & {entry.name, scale_of(entry.name, side.index.tensors)}
+    ):
+        try:
+            twin_reader = readers[other.source.root, twin.file]
+            message, deviation = _compare(entry, reader, side, twin, twin_reader, other)
+        except BlockscaleError as error:
+            message = str(error)
+        if message is not None:
+            problems.append(Problem("error", entry.name, message))
+    progress.advance(0, 1)
+    return problems, deviation
+
+
+def _hash_and_count_nan(entry: TensorEntry, reader: Reader, progress: Progress) -> tuple[str, int]:
+    digest, nan = hashlib.sha256(), 0
+    for part in chunks(entry, reader):
+        digest.update(tensor_bytes(part))
+        if entry.dtype == FP8:
+            nan += ops.find_nonfinite(part.view(torch.float8_e4m3fn))[0]
+        progress.advance(part.nbytes, 0)
+    return digest.hexdigest(), nan
+
+
+def _compare(
+    entry: TensorEntry, reader: Reader, side: _Side, twin: TensorEntry, twin_reader: Reader, other: _Side
+) -> tuple[str | None, TensorError | None]:
+    """Compare a tensor with its twin in the source; returns (what is wrong, error of an FP8 weight)."""
+    if entry.shape != twin.shape:
+        return f"shape differs from the source: expected {list(twin.shape)}, got {list(entry.shape)}", None
+    if entry.dtype == twin.dtype:
+        pairs = zip(chunks(entry, reader), chunks(twin, twin_reader), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            return f"differs from the source ({entry.dtype} in both)", None
+        return None, None
+    if entry.dtype == FP8 and twin.dtype in HIGH_PRECISION:
+        return _compare_quantized(entry, reader, side, twin, twin_reader)
+    if entry.dtype in HIGH_PRECISION and twin.dtype == FP8:
+        return _compare_dequantized(entry, reader, twin, twin_reader, other), None
+    return f"dtype is {entry.dtype}, which no conversion makes of {twin.dtype}", None
+
+
+def _compare_quantized(
+    entry: TensorEntry, reader: Reader, side: _Side, twin: TensorEntry, twin_reader: Reader
+) -> tuple[str | None, TensorError]:
+    scale, block = side.scale(entry), side.stored_block(entry)
+    grid = scale.view(-1, *scale.shape[-2:])
+    squared_error = squared = worst = 0.0
+    beyond: tuple[int, list[int]] | None = None
+    for expert, row, strip in strips(twin, twin_reader, block[0]):
+        rows, columns = strip.shape
+        start = entry.start + (expert * entry.shape[-2] + row) * columns
+        codes = read_codes(reader, start, rows, columns)
+        part = grid[expert, row // block[0] : math.ceil((row + rows) / block[0])]
+        exact = strip.float()
+        error = ops.dequantize_weight(codes, part, block, torch.float32, threads=1).sub_(exact).abs_()
+        squared_error += float(error.square().sum(dtype=torch.float64))
+        squared += float(exact.square().sum(dtype=torch.float64))
+        steps = part.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        over = error / torch.maximum(exact.abs_() * 2.0**-4, steps * 2.0**-10)
+        highest, at = float(over.max()), int(over.argmax())
+        if not highest <= worst:
+            worst = highest
+            beyond = (expert, [row + at // columns, at % columns])
+    relative = math.sqrt(squared_error / squared) if squared else math.sqrt(squared_error)
+    message = None
+    if not worst <= _ROUNDING_SLACK:
+        assert beyond is not None
+        place = beyond[1] if len(entry.shape) == 2 else [beyond[0], *beyond[1]]
+        message = f"is not the source rounded to its codes: error at {place} is {worst:.4g} times half a step"
+    return message, TensorError(entry.name, relative, worst)
+
+
+def _compare_dequantized(
+    entry: TensorEntry, reader: Reader, twin: TensorEntry, twin_reader: Reader, other: _Side
+) -> str | None:
+    scale, block = other.scale(twin), other.stored_block(twin)
+    grid = scale.view(-1, *scale.shape[-2:])
+    for expert, row, strip in strips(entry, reader, block[0]):
+        rows, columns = strip.shape
+        codes = read_codes(twin_reader, twin.start + (expert * twin.shape[-2] + row) * columns, rows, columns)
+        part = grid[expert, row // block[0] : math.ceil((row + rows) / block[0])]
+        expected = ops.dequantize_weight(codes, part, block, strip.dtype, threads=1)
+        if not torch.equal(expected.view(torch.uint8), strip.contiguous().view(torch.uint8)):
+            at = int((expected.view(torch.uint8) != strip.view(torch.uint8)).flatten().byte().argmax())
+            where = [row + at // (columns * strip.itemsize), at // strip.itemsize % columns]
+            return f"is not the dequantized source: first difference at {where}"
+    return None

@@ -1,0 +1,138 @@
+"""What every subcommand shares: tables or one JSON object, progress, errors in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from blockscale.checkpoint.progress import Progress, Silent
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+if TYPE_CHECKING:
+    from blockscale.checkpoint.problems import Problem
+
+_PLAIN_INTERVAL = 10.0
+
+
+def gigabytes(nbytes: float) -> str:
+    """Decimal bytes with a unit that keeps three digits: `0.49 MB`, `12.3 GB`, `1342 GB`."""
+    for unit, size in (("TB", 1e13), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            value = nbytes / (1e12 if unit == "TB" else size)
+            return f"{value:.2f} {unit}" if value < 100 else f"{value:.0f} {unit}"
+    return f"{nbytes:.0f} B"
+
+
+def seconds(value: float) -> str:
+    """`0.8 s`, `75 s`, `12 min`, `3.4 h`."""
+    if value < 90:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
+
+
+def print_json(result: Any) -> None:
+    """Print a dataclass or dict as one JSON object on standard output."""
+    print(json.dumps(result, default=_plain, indent=2))
+
+
+def warn(messages: tuple[str, ...]) -> None:
+    """Print warnings on standard error, a line each."""
+    for message in messages:
+        err.print(Text(f"warning: {message}", style="yellow"))
+
+
+def print_problems(problems: tuple[Problem, ...]) -> None:
+    """Print what is wrong with a checkpoint, a line each."""
+    for problem in problems:
+        out.print(
+            Text(str(problem), style="red" if problem.severity == "error" else "yellow"), soft_wrap=True
+        )
+    if not problems:
+        out.print("problems: none")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print one red line on standard error and exit."""
+    err.print(Text(message, style="bold red"))
+    raise SystemExit(code)
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Progress]:
+    """Show progress on standard error: a bar on a terminal, else a line every ten seconds."""
+    if quiet or not err.is_terminal:
+        yield Silent() if quiet else _Lines()
+        return
+    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Counts(), TimeRemainingColumn())
+    with RichProgress(*columns, console=err) as bar:
+        yield _Bar(bar)
+
+
+class _Bar:
+    def __init__(self, bar: RichProgress) -> None:
+        self._bar, self._lock = bar, threading.Lock()
+        self._task = bar.add_task("", total=None, tensors=0, total_tensors=0)
+        self._tensors = 0
+
+    def start(self, total_bytes: int, total_tensors: int) -> None:
+        self._bar.update(self._task, total=total_bytes, total_tensors=total_tensors)
+
+    def advance(self, nbytes: int, tensors: int) -> None:
+        with self._lock:
+            self._tensors += tensors
+            self._bar.update(self._task, advance=nbytes, tensors=self._tensors)
+
+
+class _Counts(ProgressColumn):
+    """`12/325 tensors  1.2 GB of 4.9 GB  3.1 GB/s`."""
+
+    def render(self, task: Task) -> Text:
+        text = f"{task.fields['tensors']}/{task.fields['total_tensors']} tensors  "
+        text += f"{gigabytes(task.completed)} of {gigabytes(task.total or 0)}"
+        return Text(text + (f"  {gigabytes(task.speed)}/s" if task.speed else ""))
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = self._tensors = self._total_bytes = self._total_tensors = 0
+        self._started = self._printed = time.monotonic()
+
+    def start(self, total_bytes: int, total_tensors: int) -> None:
+        self._total_bytes, self._total_tensors = total_bytes, total_tensors
+
+    def advance(self, nbytes: int, tensors: int) -> None:
+        with self._lock:
+            self._bytes += nbytes
+            self._tensors += tensors
+            now = time.monotonic()
+            if now - self._printed < _PLAIN_INTERVAL or not self._bytes:
+                return
+            self._printed = now
+            rate = self._bytes / (now - self._started)
+            left = seconds((self._total_bytes - self._bytes) / rate)
+            line = f"{self._tensors}/{self._total_tensors} tensors, {gigabytes(self._bytes)} of "
+            err.print(f"{line}{gigabytes(self._total_bytes)}, {gigabytes(rate)}/s, {left} left")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def interrupted() -> NoReturn:
+    """What Ctrl-C ends in."""
+    fail("interrupted; what is finished is kept: run the same command again to go on", 130)

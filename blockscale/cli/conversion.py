@@ -1,0 +1,33 @@
+"""What `quantize` and `dequantize` print when they are done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blockscale.cli import console
+
+if TYPE_CHECKING:
+    from blockscale.checkpoint.convert import ConversionReport
+
+
+def print_report(report: ConversionReport, *, as_json: bool) -> None:
+    """Print the outcome of a conversion."""
+    console.warn(report.warnings)
+    if as_json:
+        console.print_json(report)
+        return
+    if report.already_complete:
+        console.out.print(f"{report.destination} is complete already: nothing to do")
+        return
+    done = "quantized" if report.command == "quantize" else "dequantized"
+    count, copied = report.tensors.get(report.command, 0), report.tensors.get("copy", 0)
+    sizes = f"{console.gigabytes(report.input_bytes)} -> {console.gigabytes(report.output_bytes)}"
+    rate = console.gigabytes(report.input_bytes / report.seconds)
+    console.out.print(
+        f"{done} {count} tensors, copied {copied}: {sizes} in {console.seconds(report.seconds)} ({rate}/s)"
+    )
+    if report.resumed_shards:
+        console.out.print(
+            f"{report.resumed_shards} of {report.shards} shards were finished by an earlier run"
+        )
+    console.out.print(f"result: {report.destination}")

@@ -1,0 +1,43 @@
+"""`blockscale inspect SRC`: what is in a checkpoint, how it is quantized, what is wrong with it."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from blockscale.cli import console, options
+
+
+def command(src: options.Src, revision: options.Revision = None, json: options.Json = False) -> None:
+    """Show what a checkpoint holds by role and dtype, the quantization found, and problems."""
+    from blockscale.checkpoint.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(src, revision=revision)
+    if json:
+        console.print_json(found)
+        return
+    console.out.print(
+        f"{found.source}: {found.model_type}, {found.parameters:,} parameters in {found.files} files"
+    )
+    table = Table()
+    for heading in ("role", "dtype", "tensors", "parameters", "size"):
+        table.add_column(heading, justify="left" if heading in ("role", "dtype") else "right")
+    for count in found.counts:
+        size = console.gigabytes(count.nbytes)
+        table.add_row(count.role, count.dtype, f"{count.tensors:,}", f"{count.parameters:,}", size)
+    table.add_section()
+    table.add_row("total", "", "", f"{found.parameters:,}", console.gigabytes(found.nbytes))
+    console.out.print(table)
+    if not found.known_model_type:
+        console.warn((f"model_type {found.model_type!r} is not known: roles are by name only",))
+    quantization = found.quantization
+    if quantization is None:
+        console.out.print("quantization: none in config.json")
+    else:
+        block = "x".join(map(str, quantization.fmt.block_size))
+        named = f"{quantization.layout} layout, blocks {block}, scale_fmt {quantization.fmt.scale_fmt}"
+        console.out.print(f"quantization: {named}, {len(quantization.skip)} modules on the skip list")
+    if found.power_of_two_scales is not None and found.scales:
+        console.out.print(
+            f"scales: {found.power_of_two_scales} of {found.scales} tensors hold powers of two only"
+        )
+    console.print_problems(found.problems)

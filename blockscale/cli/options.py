@@ -1,0 +1,72 @@
+"""Options that several subcommands share, spelled once."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+Src = Annotated[
+    str, typer.Argument(help="Checkpoint folder, Hub repo id (org/name[@revision]) or fsspec URL.")
+]
+Dst = Annotated[str, typer.Argument(help="Folder or fsspec URL for the result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads; one a core by default.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace the checkpoint or unfinished run at DST.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+Cluster = Annotated[str | None, typer.Option(help="Spread shards over a Ray cluster: auto, or its address.")]
+Include = Annotated[list[str] | None, typer.Option(help="Quantize only tensors that match (repeatable).")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Leave tensors that match alone (repeatable).")]
+BlockSize = Annotated[str, typer.Option(help="Rows x columns that share a scale.")]
+
+
+class ScaleFmtChoice(str, Enum):
+    """Values of --scale-fmt."""
+
+    float32 = "float32"
+    ue8m0 = "ue8m0"
+
+
+class LayoutChoice(str, Enum):
+    """Values of --layout."""
+
+    deepseek = "deepseek"
+    compressed_tensors = "compressed-tensors"
+
+
+class DeviceChoice(str, Enum):
+    """Values of --device."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class KeepChoice(str, Enum):
+    """Values of --on-nonfinite, --on-missing-scale."""
+
+    error = "error"
+    keep = "keep"
+
+
+class DtypeChoice(str, Enum):
+    """Values of --dtype."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+ScaleFmt = Annotated[ScaleFmtChoice, typer.Option(help="float32, or ue8m0 for powers of two.")]
+Layout = Annotated[LayoutChoice, typer.Option(help="On-disk names and quantization_config.")]
+Device = Annotated[
+    DeviceChoice, typer.Option(help="Where the arithmetic runs; auto takes a GPU that is there.")
+]
+OnNonfinite = Annotated[
+    KeepChoice, typer.Option(help="Weights with NaN or Inf: refuse, or keep as they are.")
+]
+OnMissingScale = Annotated[
+    KeepChoice, typer.Option(help="FP8 weights without scale: refuse, or keep as they are.")
+]
+Dtype = Annotated[DtypeChoice, typer.Option(help="Dtype of the result's weights.")]

@@ -1,0 +1,266 @@
+"""On-disk formats: block scaling parameters, scale shapes, and every name that is spelled in a checkpoint.
+
+The block FP8 format stores a weight as E4M3 codes and one scale per block,
+
+    weight[n, k] ~= codes[n, k] * scale[n // block_n, k // block_k]
+
+with `scale` of shape (ceil(N / block_n), ceil(K / block_k)); the last block of a ragged dimension is the
+remainder. A 3-D tensor of fused experts (E, N, K) has its own blocks in every expert: (E, ceil, ceil).
+On disk the scale is called `<weight>_scale_inv` (DeepSeek layout: despite the name it is the multiplier)
+or `<weight>_scale` (compressed-tensors layout).
+
+Sources: DeepSeek-V3 `README_WEIGHTS.md` (format), safetensors README (dtypes), OCP MX v1.0 (E8M0).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from blockscale.errors import BlockscaleError
+
+ScaleFmt = Literal["float32", "ue8m0"]
+Layout = Literal["deepseek", "compressed-tensors"]
+
+E4M3_MAX = 448.0
+LAYOUTS: tuple[Layout, ...] = ("deepseek", "compressed-tensors")
+_SCALE_SUFFIX: dict[Layout, str] = {"deepseek": "_scale_inv", "compressed-tensors": "_scale"}
+# A spelling seen in the wild maps to the real one; an absent or null key means plain float32 scales.
+_SCALE_FMT_SPELLINGS: dict[str, ScaleFmt] = {"float32": "float32", "ue8m0": "ue8m0", "uf8m0": "ue8m0"}
+
+# safetensors dtype name -> torch dtype, or None for those torch cannot hold one element a value of.
+SAFETENSORS_DTYPES: dict[str, torch.dtype | None] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F4": None,
+    "F6_E2M3": None,
+    "F6_E3M2": None,
+}
+_SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items() if dtype is not None}
+# What the quantizer takes as a high-precision weight, and the dequantizer gives back.
+HIGH_PRECISION = ("BF16", "F16", "F32")
+
+
+def dtype_bits(name: str) -> int:
+    """Bits of one element of a safetensors dtype name."""
+    dtype = SAFETENSORS_DTYPES[name]
+    return _SUB_BYTE_BITS[name] if dtype is None else dtype.itemsize * 8
+
+
+def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a contiguous tensor; sub-byte elements are packed without padding."""
+    return math.prod(shape) * dtype_bits(dtype) // 8
+
+
+def parse_scale_fmt(value: object) -> ScaleFmt:
+    """The scale format of a config value: absent or null, `float32`, `ue8m0` or its misspelling `uf8m0`."""
+    if value is None:
+        return "float32"
+    if isinstance(value, str) and value in _SCALE_FMT_SPELLINGS:
+        return _SCALE_FMT_SPELLINGS[value]
+    raise BlockscaleError(
+        "unknown scale_fmt", expected=" | ".join(_SCALE_FMT_SPELLINGS) + " | null", got=repr(value)
+    )
+
+
+def parse_block_size(value: object) -> tuple[int, int]:
+    """`"128x128"`, `"128"` (square) or a pair of integers, as (block_n, block_k)."""
+    pair: tuple[Any, ...] | None = None
+    if isinstance(value, str) and re.fullmatch(r"\d+(x\d+)?", value):
+        parts = [int(part) for part in value.split("x")]
+        pair = (parts[0], parts[-1])
+    elif isinstance(value, (list, tuple)) and len(value) == 2:
+        pair = tuple(value)
+    if pair is None or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise BlockscaleError("bad block size", expected="two positive integers, as 128x128", got=repr(value))
+    return pair[0], pair[1]
+
+
+@dataclass(frozen=True)
+class BlockFP8:
+    """E4M3 codes with one scale per `block_size` region of a weight.
+
+    Attributes:
+        block_size: (block_n, block_k), rows and columns that share a scale.
+        scale_fmt: "float32", or "ue8m0" for powers of two (stored as float32 all the same).
+    """
+
+    block_size: tuple[int, int] = (128, 128)
+    scale_fmt: ScaleFmt = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_size", parse_block_size(self.block_size))
+        object.__setattr__(self, "scale_fmt", parse_scale_fmt(self.scale_fmt))
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale grid: (576, 7168) -> (5, 56); (E, N, K) -> (E, ceil(N/bn), ceil(K/bk))."""
+        return scale_shape(shape, self.block_size)
+
+
+def scale_shape(shape: tuple[int, ...], block_size: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the scale grid of a (N, K) or (E, N, K) weight; ragged edges count as a block.
+
+    Raises:
+        BlockscaleError: the weight is neither 2-D nor 3-D.
+    """
+    if len(shape) not in (2, 3):
+        raise BlockscaleError("only 2-D and 3-D weights have blocks", got=f"shape {tuple(shape)}")
+    grid = (math.ceil(shape[-2] / block_size[0]), math.ceil(shape[-1] / block_size[1]))
+    return (*shape[:-2], *grid)
+
+
+def scale_name(weight_name: str, layout: Layout = "deepseek") -> str:
+    """Name of the scale stored beside a weight: `q_proj.weight` -> `q_proj.weight_scale_inv`."""
+    return weight_name + _SCALE_SUFFIX[layout]
+
+
+def scaled_weight_name(name: str) -> str | None:
+    """Name of the weight that `name` is a scale of by its spelling, in any layout, or None."""
+    for suffix in ("_scale_inv", "_scale"):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return None
+
+
+def module_path(weight_name: str) -> str:
+    """Full module path of a weight, as skip lists spell it: `model.layers.0.mlp.gate`."""
+    return weight_name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a checkpoint's `quantization_config` says: how its FP8 weights are stored and what is left alone.
+
+    Attributes:
+        layout: which on-disk spelling it is.
+        fmt: block size and scale format.
+        skip: full module paths that stay unquantized, sorted.
+    """
+
+    layout: Layout
+    fmt: BlockFP8
+    skip: tuple[str, ...] = ()
+
+    def config(self) -> dict[str, Any]:
+        """The `quantization_config` entry of config.json that engines read."""
+        if self.layout == "compressed-tensors":
+            return _compressed_tensors_config(self.fmt, self.skip)
+        config: dict[str, Any] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(self.fmt.block_size),
+        }
+        # An engine that reads `scale_fmt: null` takes it for an unknown format: leave the key out.
+        if self.fmt.scale_fmt == "ue8m0":
+            config["scale_fmt"] = "ue8m0"
+        config["modules_to_not_convert"] = list(self.skip)
+        return config
+
+
+def parse_quantization_config(config: dict[str, Any]) -> Quantization | None:
+    """Read the `quantization_config` of a config.json; None if the model is not quantized.
+
+    Raises:
+        BlockscaleError: quantized, but not in a block FP8 format that is known here.
+    """
+    entry = config.get("quantization_config") or config.get("compression_config")
+    if not entry:
+        return None
+    method = entry.get("quant_method")
+    if method == "fp8":
+        block = entry.get("weight_block_size")
+        if block is None:
+            raise BlockscaleError(
+                "FP8 checkpoint without block scales (per-tensor or per-channel)",
+                where="config.json quantization_config",
+                expected="weight_block_size",
+                remedy="start from the unquantized checkpoint",
+            )
+        skip = entry.get("modules_to_not_convert") or entry.get("ignored_layers") or ()
+        fmt = BlockFP8(parse_block_size(block), parse_scale_fmt(entry.get("scale_fmt")))
+        return Quantization("deepseek", fmt, tuple(sorted(skip)))
+    if method == "compressed-tensors":
+        return _parse_compressed_tensors(entry)
+    raise BlockscaleError(
+        "quantization method is not block FP8",
+        where="config.json quantization_config",
+        expected="quant_method fp8 or compressed-tensors",
+        got=repr(method),
+        remedy="start from an unquantized (BF16) or block FP8 checkpoint",
+    )
+
+
+def _compressed_tensors_config(fmt: BlockFP8, skip: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    except ImportError as error:
+        raise BlockscaleError(
+            "the compressed-tensors layout needs the package of that name",
+            remedy="pip install 'blockscale[compressed-tensors]'",
+        ) from error
+    weights = QuantizationArgs(
+        num_bits=8,
+        type="float",
+        strategy="block",
+        block_structure=list(fmt.block_size),
+        symmetric=True,
+        dynamic=False,
+    )
+    activations = QuantizationArgs(
+        num_bits=8,
+        type="float",
+        strategy="group",
+        group_size=fmt.block_size[1],
+        symmetric=True,
+        dynamic=True,
+        observer=None,
+    )
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=weights, input_activations=activations, format="float-quantized"
+    )
+    config = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format="float-quantized",
+        quantization_status="compressed",
+        ignore=list(skip),
+    )
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def _parse_compressed_tensors(entry: dict[str, Any]) -> Quantization:
+    groups = list((entry.get("config_groups") or {}).values())
+    weights = groups[0].get("weights") or {} if len(groups) == 1 else {}
+    if (weights.get("type"), weights.get("num_bits"), weights.get("strategy")) != ("float", 8, "block"):
+        raise BlockscaleError(
+            "compressed-tensors checkpoint is not block FP8",
+            where="config.json quantization_config",
+            expected="one config group with 8-bit float weights and strategy block",
+            got=f"{len(groups)} groups, weights {weights or 'unknown'}",
+            remedy="start from an unquantized (BF16) or block FP8 checkpoint",
+        )
+    # The layout has no key for the scale format; the scales themselves tell (`verify` and `inspect` look).
+    fmt = BlockFP8(parse_block_size(weights.get("block_structure")), "float32")
+    return Quantization("compressed-tensors", fmt, tuple(sorted(entry.get("ignore") or ())))

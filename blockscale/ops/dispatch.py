@@ -1,0 +1,172 @@
+"""Which implementation runs an op, how its work is split over threads, and how tensors reach the kernels.
+
+- CPU tensors: numba kernels (`_numba_kernels.py`), loaded and compiled on first use; where numba or the
+  processor features are missing, the reference, said once in the log.
+- every other device: the reference, which is plain PyTorch and runs there.
+Both give the same bits. The reference works through a tensor in pieces of rows, so its float32 copies stay
+small.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import platform
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from blockscale.errors import BlockscaleError
+
+Backend = Literal["auto", "reference", "numba"]
+T = TypeVar("T")
+
+# What the vector code needs to compile without library calls: bytes in 32 lanes, float16 <-> float32.
+_NEEDED_FEATURES = {"x86_64": ("avx2", "f16c"), "amd64": ("avx2", "f16c"), "aarch64": ("neon",)}
+# How the kernels see each dtype; `_simd.py` documents the convention.
+_BITS = {
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+    torch.float32: torch.uint32,
+    torch.float8_e4m3fn: torch.uint8,
+}
+_REFERENCE_PIECE = 1 << 22  # values the reference takes at a time
+_SINGLE_THREAD_BELOW = 1 << 18  # values for which starting threads costs more than it saves
+_PARTS_PER_THREAD = 8  # so that a thread that is held up does not hold up the others
+_logger = logging.getLogger(__name__)
+_load_lock = threading.Lock()
+
+
+def numba_kernels(op: str, device: torch.device, backend: Backend) -> ModuleType | None:
+    """The compiled kernels if `backend` and the tensor's device allow them, or None for the reference.
+
+    Raises:
+        BlockscaleError: unknown backend, or "numba" was asked for where it cannot run.
+    """
+    if backend not in ("auto", "reference", "numba"):
+        raise BlockscaleError(
+            "unknown backend", where=f"{op}: backend", expected="auto | reference | numba", got=repr(backend)
+        )
+    if backend == "reference" or (backend == "auto" and device.type != "cpu"):
+        return None
+    if device.type != "cpu":
+        raise BlockscaleError(
+            "backend numba works on CPU tensors", where=f"{op}: backend", got=f"a {device} tensor"
+        )
+    with _load_lock:
+        kernels, reason = _load()
+        if kernels is None and backend == "auto":
+            _say_once(reason)
+    if kernels is None and backend == "numba":
+        raise BlockscaleError("backend numba is not available", where=f"{op}: backend", got=reason)
+    return kernels
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The kernels, or None and why they cannot run here. Imports numba, hence not at import time."""
+    try:
+        from llvmlite import binding
+        from numba import config
+    except ImportError as error:
+        return None, f"numba cannot be imported ({error})"
+    if config.DISABLE_JIT or config.CPU_NAME or config.CPU_FEATURES:
+        return None, "a NUMBA_ environment variable turns compilation for this processor off"
+    machine = platform.machine().lower()
+    if machine not in _NEEDED_FEATURES:
+        return None, f"no kernels for the processor {machine}"
+    features = binding.get_host_cpu_features()
+    missing = [name for name in _NEEDED_FEATURES[machine] if not features.get(name)]
+    if missing:
+        return None, f"the processor lacks {' and '.join(missing)}"
+    from blockscale.ops import _numba_kernels
+
+    return _numba_kernels, ""
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _logger.warning("%s: casting with plain PyTorch, same results but many times slower", reason)
+
+
+def check_threads(op: str, threads: int | None) -> int:
+    """The number of threads to use: `threads`, or PyTorch's own number for None."""
+    if threads is None:
+        return torch.get_num_threads()
+    if not isinstance(threads, int) or threads < 1:
+        raise BlockscaleError(
+            "bad value", where=f"{op}: threads", expected="a positive integer", got=repr(threads)
+        )
+    return threads
+
+
+def check_out(
+    where: str, out: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Refuse an output the op cannot write to; `like` is the input, whose device it must share."""
+    expected = f"contiguous {dtype} {list(shape)} on {like.device}"
+    fits = out.dtype == dtype and tuple(out.shape) == tuple(shape) and out.device == like.device
+    if not fits or not out.is_contiguous() or out.data_ptr() % dtype.itemsize:
+        layout = "contiguous" if out.is_contiguous() else "non-contiguous"
+        got = f"{layout} {out.dtype} {list(out.shape)} on {out.device}"
+        raise BlockscaleError("unusable output", where=where, expected=expected, got=got)
+
+
+def quantizer_outputs(
+    op: str, x: torch.Tensor, grid: tuple[int, ...], out: tuple[torch.Tensor, ...] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, scale) of a quantizer of `x` with scales of shape `grid`: new ones, or `out` if it fits."""
+    shape = tuple(x.shape)
+    if out is None:
+        codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
+        return codes, torch.empty(grid, dtype=torch.float32, device=x.device)
+    if len(out) != 2:
+        raise BlockscaleError(
+            "bad argument", where=f"{op}: out", expected="(codes, scale)", got=f"{len(out)} values"
+        )
+    check_out(f"{op}: out[0]", out[0], x, shape, torch.float8_e4m3fn)
+    check_out(f"{op}: out[1]", out[1], x, grid, torch.float32)
+    return out[0], out[1]
+
+
+def bits(tensor: torch.Tensor, shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+    """The bit patterns as a C-contiguous NumPy array; copied only if not contiguous or misaligned."""
+    tensor = tensor.detach().contiguous()
+    if tensor.data_ptr() % tensor.element_size():  # a view into a file at an odd offset
+        tensor = tensor.clone()
+    return tensor.view(_BITS[tensor.dtype]).numpy().reshape(shape)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(N, K) or (E, N, K) as (E, N, K)."""
+    return (1, *shape) if len(shape) == 2 else (shape[0], shape[1], shape[2])
+
+
+def run_strips(work: Callable[[tuple[int, int]], T], strips: int, values: int, threads: int) -> list[T]:
+    """Call `work((first, last))` on consecutive ranges that cover range(strips), on up to `threads` threads.
+
+    The pool lives for one call: starting threads costs about 0.1 ms, and a pool kept in the module would not
+    survive a fork.
+    """
+    if threads == 1 or strips == 1 or values < _SINGLE_THREAD_BELOW:
+        return [work((0, strips))]
+    step = math.ceil(strips / (threads * _PARTS_PER_THREAD))
+    ranges = [(first, min(first + step, strips)) for first in range(0, strips, step)]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, ranges))
+
+
+def row_pieces(shape: tuple[int, int, int], block_n: int) -> Iterator[tuple[int, slice, slice]]:
+    """(expert, rows, rows of the scale grid) of the pieces the reference works through, whole blocks each."""
+    experts, n, k = shape
+    step = max(1, _REFERENCE_PIECE // max(1, k * block_n)) * block_n
+    for expert in range(experts):
+        for first in range(0, n, step):
+            last = min(first + step, n)
+            yield expert, slice(first, last), slice(first // block_n, math.ceil(last / block_n))

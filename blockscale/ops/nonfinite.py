@@ -1,0 +1,55 @@
+"""Count NaN and Inf: the fast form of `blockscale.reference.find_nonfinite`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from blockscale import reference
+from blockscale.ops import dispatch
+from blockscale.reference import checks
+
+_OP = "find_nonfinite"
+_PIECE = 1 << 22  # values searched at a time
+# Magnitude bits from which on a value is Inf or NaN; E4M3 has no Inf.
+_LIMIT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000, torch.float8_e4m3fn: 0x7F}
+
+
+def find_nonfinite(
+    x: torch.Tensor, *, threads: int | None = None, backend: dispatch.Backend = "auto"
+) -> tuple[int, int]:
+    """How many values of `x` are NaN or Inf, and the flat (row-major) index of the first of them, -1 if none.
+
+    Args:
+        x: any shape; BF16, F16, F32 or E4M3 (whose only such value is NaN).
+        threads: CPU threads of the numba backend; default torch.get_num_threads().
+        backend: "auto" takes the fastest that works for the tensor's device.
+
+    Raises:
+        BlockscaleError: wrong dtype, unknown backend.
+    """
+    checks.check_dtype(f"{_OP}: x", x.dtype, (*checks.HIGH_PRECISION, checks.CODES))
+    threads = dispatch.check_threads(_OP, threads)
+    kernels = dispatch.numba_kernels(_OP, x.device, backend)
+    if x.numel() == 0:
+        return 0, -1
+    if kernels is None:
+        pieces = x.detach().reshape(-1).split(_PIECE)
+        found = [_shifted(reference.find_nonfinite(piece), number) for number, piece in enumerate(pieces)]
+    else:
+        flat = dispatch.bits(x, (1, 1, x.numel())).reshape(-1)
+        limit = _LIMIT[x.dtype]
+
+        def work(strips: tuple[int, int]) -> tuple[int, int]:
+            first, last = strips[0] * _PIECE, min(strips[1] * _PIECE, flat.size)
+            return kernels.find_nonfinite(flat, limit, first, last)
+
+        found = dispatch.run_strips(work, math.ceil(flat.size / _PIECE), flat.size, threads)
+    firsts = [first for _, first in found if first >= 0]
+    return sum(count for count, _ in found), min(firsts, default=-1)
+
+
+def _shifted(found: tuple[int, int], piece: int) -> tuple[int, int]:
+    count, first = found
+    return count, first + piece * _PIECE if count else -1
