@@ -1,5 +1,4 @@
-"""The errors a user can cause: one line that says what, where, what was expected, what was got and the
-remedy.
+"""The errors a user can cause: one line that says what, where, what was expected and got, and the remedy.
 
 The command line prints the line and exits with code 2; as a library they are `ValueError`s.
 """

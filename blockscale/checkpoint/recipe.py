@@ -307,6 +307,6 @@ def _check_grid(
 
 def _unknown_family(config: dict[str, Any]) -> str:
     return (
-        f"model_type {config.get('model_type')!r} is not known: only weights that are linear layers by their
-        name " "are quantized; look at the list with --dry-run"
+        f"model_type {config.get('model_type')!r} is not known: only weights that are linear layers by "
+        "their name are quantized; --dry-run shows how many"
     )

@@ -1,5 +1,4 @@
-"""The work on one tensor: read a strip of rows, quantize, dequantize or copy it, hash it, write it at its
-offset.
+"""The work on one tensor: read a strip of rows, quantize, dequantize or copy it, hash it, write it.
 
 Strips bound the memory of a worker to a few times `CHUNK_BYTES`, whatever the size of the tensor. They are
 whole blocks high, so every block lies in one strip and the result does not depend on the strip height.
@@ -91,10 +90,9 @@ def chunks(entry: TensorEntry, reader: Reader) -> Iterator[torch.Tensor]:
 def strips(
     entry: TensorEntry, reader: Reader, rows_per_block: int = 1
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Read a (N, K) or (E, N, K) tensor as (expert, first row, (rows, K) strip); strips are whole blocks
-    high.
+    """Read a (N, K) or (E, N, K) tensor as (expert, first row, (rows, K) strip).
 
-    The yielded strip is a view of one buffer that the next step overwrites.
+    Strips are whole blocks high. Each is a view of one buffer that the next step overwrites.
     """
     experts = math.prod(entry.shape[:-2])
     rows, columns = entry.shape[-2:]

@@ -1,1 +1,1 @@
-"""What tests and benchmarks share: numeric asserts, shapes, data makers, a timer. No product module imports it."""
+"""Shared by tests and benchmarks: numeric asserts, shapes, data makers, a timer. No product module imports it."""

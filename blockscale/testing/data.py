@@ -1,4 +1,4 @@
-"""Tensors that are hard to quantize: each maker is deterministic in its seed and says what is hard about it."""
+"""Tensors that are hard to quantize: each maker is deterministic in its seed and says what is hard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gaussian(shape: Shape, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -
 
 
 def wide_range(shape: Shape, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
-    """Magnitudes over 24 binades with zeros of both signs: subnormal codes and zeros beside saturated ones."""
+    """Magnitudes over 24 binades, zeros of both signs: subnormal and zero codes beside saturated ones."""
     generator = torch.Generator().manual_seed(seed)
     exponent = torch.randint(-20, 4, shape, generator=generator)
     x = torch.ldexp(torch.randn(shape, generator=generator), exponent)
@@ -28,8 +28,9 @@ def wide_range(shape: Shape, dtype: torch.dtype = torch.bfloat16, seed: int = 0)
     return torch.where(kind > 0.95, -torch.zeros(()), x).to(dtype)
 
 
-def zero_block(shape: Shape, block_size: tuple[int, int], dtype: torch.dtype = torch.bfloat16) ->
-torch.Tensor:
+def zero_block(
+    shape: Shape, block_size: tuple[int, int], dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
     """Gaussian, but the first block of every matrix is all zeros of alternating sign."""
     x = gaussian(shape, dtype)
     corner = x[..., : block_size[0], : block_size[1]]
@@ -39,21 +40,21 @@ torch.Tensor:
 
 
 def around_powers_of_two(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Every power of two with a normal float32 neighbourhood, one ulp below and above: where log2 rounds wrong."""
+    """Powers of two among the normal float32 numbers, one ulp below and above: where log2 rounds wrong."""
     powers = torch.ldexp(torch.ones(()), torch.arange(-125, 127))
     bits = powers.view(torch.int32)
     return torch.stack([(bits + step).view(torch.float32) for step in (-1, 0, 1)]).to(dtype)
 
 
 def e4m3_ties() -> torch.Tensor:
-    """float32 row of every value halfway between two E4M3 numbers, both signs, with 448 in it: scale exactly 1."""
+    """float32 row of every value halfway between two E4M3 numbers, both signs, and 448: scale exactly 1."""
     codes = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
     ties = (codes[1:] + codes[:-1]) / 2
     return torch.cat([ties, -ties, torch.tensor([E4M3_MAX])]).unsqueeze(0)
 
 
 def e4m3_boundary() -> torch.Tensor:
-    """float32 row around the largest codes, one ulp either side of 416, 432 and 448, with amax exactly 448."""
+    """float32 row around the largest codes, one ulp either side of 416 and 432, with amax exactly 448."""
     points = torch.tensor([416.0, 432.0, 448.0]).view(torch.int32)
     around = torch.cat([points - 1, points, points[:2] + 1]).view(torch.float32)
     return torch.cat([around, -around]).unsqueeze(0)
