@@ -44,7 +44,7 @@ def sqnr_db(x: torch.Tensor, y: torch.Tensor) -> float:
     error = relative_error(x, y)
     if error == 0.0:
         return math.inf
-    return -20.0 * math.log10(error) if error < math.inf else -math.inf
+    return -math.inf if error == math.inf else -20.0 * math.log10(error)
 
 
 def saturation(codes: torch.Tensor) -> float:

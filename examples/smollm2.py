@@ -84,6 +84,8 @@ def _package_folder() -> Path:
 def _convert(source: Path, out: Path) -> None:
     # The model is local: without this, looking for optional files on the Hub waits for the network to fail.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -25,7 +25,7 @@ from blockscale.checkpoint.writer import ShardFile, write_at
 from blockscale.errors import CorruptCheckpointError, NonFiniteError
 from blockscale.formats import SAFETENSORS_DTYPES, ScaleFmt
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)

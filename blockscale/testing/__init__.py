@@ -1,1 +1,1 @@
-"""Shared by tests and benchmarks: numeric asserts, shapes, data makers, a timer. No product module imports it."""
+"""What tests and benchmarks share: asserts, shapes, data makers, a timer. No product module imports it."""

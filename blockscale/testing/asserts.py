@@ -32,7 +32,7 @@ def assert_quantized_equal(
 
 
 def assert_unbiased(got: torch.Tensor, truth: torch.Tensor, sigmas: float = 4.0) -> None:
-    """The mean of got - truth is zero within `sigmas` times its standard error: rounding favours no direction."""
+    """The mean of got - truth is zero within `sigmas` standard errors: rounding favours no direction."""
     error = (got.double() - truth.double()).flatten()
     mean, standard_error = float(error.mean()), float(error.std()) / math.sqrt(error.numel())
     assert abs(mean) <= sigmas * standard_error, (

@@ -63,7 +63,7 @@ def time_interleaved(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
-    """Call every competitor once to warm up, then once a round in random order (the same order in every run)."""
+    """Call every competitor once to warm up, then once a round, in an order drawn anew (seeded)."""
     for call in competitors.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in competitors}

@@ -41,7 +41,8 @@ def zero_block(
 
 def around_powers_of_two(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Powers of two among the normal float32 numbers, one ulp below and above: where log2 rounds wrong."""
-    powers = torch.ldexp(torch.ones(()), torch.arange(-125, 127))
+    exponents = torch.arange(-125, 127)
+    powers = torch.ldexp(torch.ones(exponents.shape), exponents)
     bits = powers.view(torch.int32)
     return torch.stack([(bits + step).view(torch.float32) for step in (-1, 0, 1)]).to(dtype)
 
