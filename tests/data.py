@@ -286,14 +286,28 @@ def entry(dtype: object, shape: object, start: object, end: object) -> dict[str,
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def refusal(action: Callable[[], object], source: Path, destination: Path | None = None) -> str:
-    """The one line that `action` refuses with; the source and the destination must be as they were."""
+def refusal(
+    action: Callable[[], object],
+    source: Path,
+    destination: Path | None = None,
+    *,
+    keeps_shards: bool = False,
+) -> str:
+    """The one line that `action` refuses with; the source and the destination must be as they were.
+
+    With `keeps_shards` finished shards must lie in the hidden working folder, for the next run.
+    """
     before = snapshot(source), contents(destination) if destination else {}
     existed = destination is not None and destination.exists()
     with pytest.raises(BlockscaleError) as caught:
         action()
-    assert (snapshot(source), contents(destination) if destination else {}) == before
-    assert (destination is not None and destination.exists()) == existed
+    after = snapshot(source), contents(destination) if destination else {}
+    if keeps_shards:
+        assert any(name.startswith(".blockscale/staging/") for name in after[1])
+        after = after[0], {name: data for name, data in after[1].items() if not name.startswith(".blockscale/")}
+    else:
+        assert (destination is not None and destination.exists()) == existed
+    assert after == before
     line = str(caught.value)
     assert line
     assert "\n" not in line

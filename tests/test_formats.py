@@ -146,10 +146,10 @@ def test_the_compressed_tensors_config_is_read_back_and_by_its_package():
 
     theirs = package.QuantizationConfig.model_validate(config["quantization_config"])
     (scheme,) = theirs.config_groups.values()
-    assert theirs.quantization_status.value == "compressed"
+    assert theirs.quantization_status == "compressed"
     assert theirs.ignore == list(SKIP)
     assert scheme.format == "float-quantized"
-    assert scheme.weights.strategy.value == "block"
+    assert scheme.weights.strategy == "block"
     assert list(scheme.weights.block_structure) == [128, 128]
     assert (scheme.input_activations.group_size, scheme.input_activations.dynamic) == (128, True)
 

@@ -70,5 +70,5 @@ def test_saturation_counts_both_signs_of_448_and_nothing_else():
 def test_bad_arguments_are_named():
     with pytest.raises(BlockscaleError, match="shapes differ"):
         metrics.calc_diff(torch.ones(2), torch.ones(3))
-    with pytest.raises(BlockscaleError, match="expected float8_e4m3fn, got torch.float32"):
+    with pytest.raises(BlockscaleError, match=r"expected float8_e4m3fn, got torch\.float32"):
         metrics.saturation(torch.ones(2))

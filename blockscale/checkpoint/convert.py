@@ -43,6 +43,7 @@ from blockscale.checkpoint.workspace import (
     resolve_target,
     stage_file,
 )
+from blockscale.checkpoint.writer import io_errors
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
 from blockscale.version import __version__
 
@@ -182,12 +183,12 @@ def _convert(plan: ConversionPlan, workspace: Workspace, run: RunOptions, job: J
     finished = [shard for shard in plan.shards if shard.file in workspace.done]
     run.progress.start(plan.input_bytes, sum(len(shard.tasks) for shard in plan.shards))
     run.progress.advance(sum(s.input_bytes for s in finished), sum(len(s.tasks) for s in finished))
+    _check_space(todo, workspace)
     if run.cluster is not None:
         from blockscale.checkpoint.cluster import convert_on_cluster
 
-        convert_on_cluster(todo, workspace, run.cluster, job, run.progress)
+        convert_on_cluster(todo, workspace, job, run.cluster, run.workers, run.progress)
         return
-    _check_space(todo, workspace)
     workers = run.workers or default_workers()
     convert_shards(
         todo, workspace.staging, job, workers, lambda file, r: finish_shard(workspace, file, r), run.progress
@@ -196,7 +197,7 @@ def _convert(plan: ConversionPlan, workspace: Workspace, run: RunOptions, job: J
 
 def _stage_rest(plan: ConversionPlan, source: Source, workspace: Workspace) -> list[str]:
     """Stage every file that is not a shard; returns the names of all files of the result."""
-    files = {name: copy_file(source, name, workspace.staging / name) for name in plan.carried}
+    files = {name: _stage_copy(workspace, source, name) for name in plan.carried}
     records = {shard.file: workspace.done[shard.file] for shard in plan.shards}
     tensors = {name: value for record in records.values() for name, value in record["sha256"].items()}
     names = [shard.file for shard in plan.shards] + list(plan.carried)
@@ -220,8 +221,15 @@ def _stage_rest(plan: ConversionPlan, source: Source, workspace: Workspace) -> l
     return [*names, MANIFEST_NAME, CONFIG_NAME]
 
 
+def _stage_copy(workspace: Workspace, source: Source, name: str) -> str:
+    target = workspace.staging / name
+    with io_errors(target):
+        return copy_file(source, name, target)
+
+
 def _stage_json(workspace: Workspace, name: str, content: dict[str, Any]) -> str:
-    data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    # In ASCII: a file name that is no Unicode could not be written otherwise.
+    data = (json.dumps(content, indent=2) + "\n").encode()
     stage_file(workspace, name, data)
     return hashlib.sha256(data).hexdigest()
 
@@ -238,7 +246,7 @@ def _nonfinite_weights(plan: ConversionPlan, source: Source, run: RunOptions) ->
                     found = pool.map(lambda entry: nonfinite_of(entry, reader), entries)
                     for entry, error in zip(entries, found, strict=True):
                         if error is not None:
-                            keep[entry.name] = f"{error.count} NaN or Inf values"
+                            keep[entry.name] = f"{error.count} NaN or Inf"
     finally:
         shutil.rmtree(staging)
     return keep
@@ -253,7 +261,7 @@ def _device(device: str) -> str:
 
 
 def _refuse_same_place(source: Source, target: Source) -> None:
-    if source.is_local != target.is_local:
+    if source.fs.protocol != target.fs.protocol:
         return
     a, b = (os.path.realpath(place.root) if place.is_local else place.root for place in (source, target))
     if a == b or b.startswith(a + "/") or a.startswith(b + "/"):
@@ -277,6 +285,7 @@ def _check_space(todo: Sequence[ShardPlan], workspace: Workspace) -> None:
 
 
 def _check_unchanged(plan: ConversionPlan, source: Source) -> None:
+    source.refresh()
     for name, planned in plan.fingerprints.items():
         if source.fingerprint(name) != planned:
             raise CorruptCheckpointError(

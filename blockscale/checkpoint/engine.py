@@ -68,18 +68,24 @@ def convert_shards(
     cancelled = threading.Event()
     active: deque[ActiveShard] = deque()
     syncing: deque[Future[None]] = deque()
+    flushes: deque[Future[None]] = deque()
+    order = threading.Lock()
     with (
         ThreadPoolExecutor(workers, "blockscale-work") as pool,
         ThreadPoolExecutor(1, "blockscale-sync") as syncer,
     ):
-        tick = _make_tick(cancelled, progress, active, syncer)
-        running = replace(job, tick=tick)
+
+        def flush_oldest() -> None:
+            with order:  # or the shard could be closed before it is flushed
+                if active:
+                    flushes.append(syncer.submit(flush, active[0].output))
+
+        running = replace(job, tick=_make_tick(cancelled, progress, flush_oldest))
 
         def complete() -> None:
-            shard = active[0]
-            record = _await_shard(shard)
-            active.popleft()
-            syncing.append(syncer.submit(_sync, shard, record, finish))
+            record = _await_shard(active[0])
+            with order:
+                syncing.append(syncer.submit(_sync, active.popleft(), record, finish, flushes))
             while len(syncing) > 1:
                 syncing.popleft().result()
 
@@ -103,10 +109,7 @@ def convert_shards(
 
 
 def _make_tick(
-    cancelled: threading.Event,
-    progress: Progress,
-    active: deque[ActiveShard],
-    syncer: ThreadPoolExecutor,
+    cancelled: threading.Event, progress: Progress, flush_oldest: Callable[[], None]
 ) -> Callable[[int], None]:
     unflushed = 0
     lock = threading.Lock()
@@ -118,10 +121,11 @@ def _make_tick(
         progress.advance(count, 0)
         with lock:
             unflushed += count
-            due = unflushed > _FLUSH_BYTES and bool(active)
+            due = unflushed > _FLUSH_BYTES
             if due:
                 unflushed = 0
-                syncer.submit(flush, active[0].output)
+        if due:
+            flush_oldest()
 
     return tick
 
@@ -150,6 +154,16 @@ def _await_shard(shard: ActiveShard) -> Record:
     return {"size": shard.output.size, "sha256": dict(sorted(hashes.items()))}
 
 
-def _sync(shard: ActiveShard, record: Record, finish: Callable[[str, Record], None]) -> None:
-    close_shard(shard.output)
+def _sync(
+    shard: ActiveShard,
+    record: Record,
+    finish: Callable[[str, Record], None],
+    flushes: deque[Future[None]],
+) -> None:
+    try:
+        # The kernel reports a failed write-back once: after an early one the final sync succeeds.
+        while flushes and flushes[0].done():
+            flushes.popleft().result()
+    finally:
+        close_shard(shard.output)
     finish(shard.plan.file, record)

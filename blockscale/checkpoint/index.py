@@ -17,7 +17,7 @@ from typing import Any
 
 from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
-from blockscale.formats import SAFETENSORS_DTYPES, tensor_nbytes
+from blockscale.formats import SAFETENSORS_DTYPES, dtype_bits, tensor_nbytes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -121,15 +121,7 @@ def read_header(read: Callable[[int, int], bytes], file_size: int, file: str) ->
             got=length,
             remedy="fetch the file again",
         )
-    raw = read(8, length)
-    try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, file))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CorruptCheckpointError(
-            "header is not JSON", where=file, remedy="fetch the file again"
-        ) from error
-    if not isinstance(parsed, dict):
-        raise CorruptCheckpointError("header is not a JSON object", where=file)
+    parsed = parse_object(read(8, length), f"{file} header")
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise CorruptCheckpointError("header metadata is not a JSON object", where=file)
@@ -140,21 +132,42 @@ def read_header(read: Callable[[int, int], bytes], file_size: int, file: str) ->
     return Header(tuple(entries), {str(key): str(value) for key, value in metadata.items()}, file_size)
 
 
-def _unique(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise CorruptCheckpointError("duplicate key", where=f"{file} header", got=repr(twice))
-    return result
+def parse_object(raw: bytes, where: str) -> dict[str, Any]:
+    """Parse the JSON object of a header, an index, a config or a manifest.
+
+    Raises:
+        CorruptCheckpointError: not JSON, not an object, or an object with one key twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CorruptCheckpointError("duplicate key", where=where, got=repr(twice))
+        return result
+
+    try:
+        parsed = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+    except CorruptCheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, an integer without end
+        raise CorruptCheckpointError(
+            "is not JSON", where=where, got=error, remedy="fetch the file again"
+        ) from error
+    if not isinstance(parsed, dict):
+        raise CorruptCheckpointError("is not a JSON object", where=where, got=type(parsed).__name__)
+    return parsed
 
 
 def _entry(name: str, value: Any, file: str, data_start: int) -> TensorEntry:
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise CorruptCheckpointError("tensor name is not Unicode", where=file, got=repr(name))
     where = f"{file} tensor {name}"
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise CorruptCheckpointError("header entry lacks dtype, shape or data_offsets", where=where)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in SAFETENSORS_DTYPES:
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
         raise CorruptCheckpointError(
             "unknown dtype", where=where, expected="a dense safetensors dtype", got=repr(dtype)
         )
@@ -166,6 +179,11 @@ def _entry(name: str, value: Any, file: str, data_start: int) -> TensorEntry:
         or not all(type(o) is int and o >= 0 for o in offsets)
     ):
         raise CorruptCheckpointError("bad data_offsets", where=where, got=offsets)
+    bits = math.prod(shape) * dtype_bits(dtype)
+    if bits % 8:
+        raise CorruptCheckpointError(
+            "shape does not fill whole bytes", where=where, expected="a multiple of 8 bits", got=f"{bits} bits"
+        )
     expected = tensor_nbytes(dtype, tuple(shape))
     if offsets[1] - offsets[0] != expected:
         raise CorruptCheckpointError(
@@ -235,19 +253,20 @@ def _weight_files(
 
 def _read_weight_map(source: Source, index: str) -> tuple[dict[str, str], dict[str, Any]]:
     where = f"{source.spec}/{index}"
-    try:
-        parsed = json.loads(source.read(index), object_pairs_hook=lambda pairs: _unique(pairs, index))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptCheckpointError("index is not JSON", where=where) from error
-    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    parsed = parse_object(source.read(index), where)
+    weight_map, metadata = parsed.get("weight_map"), parsed.get("metadata") or {}
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptCheckpointError("index has no weight_map of file names", where=where)
+    if not isinstance(metadata, dict):
+        raise CorruptCheckpointError("index metadata is not a JSON object", where=where)
     for name, file in weight_map.items():
-        if not re.fullmatch(r"[\w.-]+\.safetensors", file) or file.startswith("."):
+        if re.search(r"[/\\\0]", file) or file.startswith(".") or not file.endswith(".safetensors"):
             raise CorruptCheckpointError(
-                "index names a path outside the folder", where=where, got=f"{name} -> {file!r}"
+                "index names what is no safetensors file of this folder",
+                where=where,
+                got=f"{name} -> {file!r}",
             )
-    return weight_map, parsed.get("metadata") or {}
+    return weight_map, metadata
 
 
 def _check_weight_map(weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> None:

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from blockscale.checkpoint.families import family_of, stored_block_size
-from blockscale.checkpoint.index import SINGLE_NAME, CheckpointIndex, Header, TensorEntry, read_index
+from blockscale.checkpoint.index import (
+    SINGLE_NAME,
+    CheckpointIndex,
+    Header,
+    TensorEntry,
+    parse_object,
+    read_index,
+)
 from blockscale.checkpoint.recipe import (
     FP8,
     Decisions,
@@ -164,14 +171,17 @@ def read_config(source: Source) -> dict[str, Any]:
         BlockscaleError: it is absent or not a JSON object.
     """
     where = f"{source.spec}/{CONFIG_NAME}"
-    if not source.fs.exists(source.path(CONFIG_NAME)):
+    if not source.exists(CONFIG_NAME):
         raise BlockscaleError("no config.json", where=where, remedy="fetch it: it says which model this is")
-    try:
-        config = json.loads(source.read(CONFIG_NAME))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptCheckpointError("is not JSON", where=where) from error
-    if not isinstance(config, dict):
-        raise CorruptCheckpointError("is not a JSON object", where=where)
+    return parse_config(source.read(CONFIG_NAME), where)
+
+
+def parse_config(raw: bytes, where: str) -> dict[str, Any]:
+    """Parse the bytes of a config.json; what they say of a quantization must be an object."""
+    config = parse_object(raw, where)
+    for key in ("quantization_config", "compression_config"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CorruptCheckpointError(f"{key} is not a JSON object", where=where, got=repr(config[key]))
     return config
 
 
@@ -198,7 +208,7 @@ def plan_quantize(
         return Task("quantize", entry, (codes, scale), block_size=block)
 
     quantization = Quantization(recipe.layout, recipe.fmt, decisions.skip)
-    result = {**_without_quantization(config), "quantization_config": quantization.config()}
+    result = {**without_quantization(config), "quantization_config": quantization.config()}
     options = {
         "scale_fmt": recipe.scale_fmt,
         "block_size": list(recipe.block_size),
@@ -233,7 +243,7 @@ def plan_dequantize(
         stored = stored_block_size(block, entry.shape, family)
         return Task("dequantize", entry, (output,), scale=index.tensors[decision.scale], block_size=stored)
 
-    result = _without_quantization(config)
+    result = without_quantization(config)
     torch_name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
     for key in ("dtype", "torch_dtype"):
         if key in result:
@@ -274,7 +284,8 @@ def _is_carried(name: str) -> bool:
     return not weights and name not in (CONFIG_NAME, MANIFEST_NAME)
 
 
-def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json without what it says of a quantization."""
     return {
         key: value
         for key, value in config.items()

@@ -115,6 +115,7 @@ def decide_quantize(
     _refuse_quantized(tensors, config)
     _check_patterns(recipe, tensors)
     warnings = [] if family.known else [_unknown_family(config)]
+    warnings += [f"{name} keeps its precision: {reason}" for name, reason in (keep or {}).items()]
     decisions: dict[str, Decision] = {}
     for name, (dtype, shape) in tensors.items():
         reason = (
@@ -173,6 +174,8 @@ def decide_dequantize(
                 warnings.append(f"{name}: scale of a weight that is not FP8 ({tensors[weight][0]}); dropped")
         else:
             decisions[name] = Decision("copy", "not quantized")
+            if name.endswith(scale_name("")):
+                warnings.append(f"{name}: scale without its weight; copied")
     missing = [name for name in fp8 if decisions[name].action == "copy"]
     if missing and on_missing_scale == "error":
         raise MissingScaleError(
@@ -201,13 +204,12 @@ def _refuse_quantized(tensors: Mapping[str, Signature], config: dict[str, Any]) 
     if entry or found or packed:
         method = (entry or {}).get("quant_method")
         got = f"quant_method {method!r}" if entry else f"{found or packed}"
+        ours = method in ("fp8", "compressed-tensors") if entry else found and tensors[found][0] == FP8
         raise BlockscaleError(
             "source is already quantized",
             expected="BF16, F16 or F32 weights and no quantization_config",
             got=got,
-            remedy="run blockscale dequantize first"
-            if method in ("fp8", "compressed-tensors", None)
-            else "start from the unquantized checkpoint",
+            remedy="run blockscale dequantize first" if ours else "start from the unquantized checkpoint",
         )
 
 

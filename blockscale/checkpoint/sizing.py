@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from blockscale.checkpoint.families import family_of, mtp_prefixes, stored_block_size
 from blockscale.checkpoint.index import read_index
 from blockscale.checkpoint.names import role_of
-from blockscale.checkpoint.plan import read_config, signatures
+from blockscale.checkpoint.plan import parse_config, read_config, signatures, without_quantization
 from blockscale.checkpoint.recipe import FP8, Recipe, Signature, decide_quantize
 from blockscale.checkpoint.shapes import parameters_of
 from blockscale.checkpoint.source import open_source
-from blockscale.errors import BlockscaleError, CorruptCheckpointError
+from blockscale.errors import BlockscaleError
 from blockscale.formats import scale_shape, tensor_nbytes
 
 # Every GPU of a tensor-parallel group holds these whole; MLA's latent projections have no heads to split.
@@ -149,23 +147,15 @@ def plan_checkpoint(
 def _read(
     src: str | os.PathLike[str] | dict[str, Any], revision: str | None
 ) -> tuple[dict[str, Any], dict[str, Signature], str]:
+    # A bare config plans the model it describes; DeepSeek publishes only the one of its FP8 checkpoint.
     if isinstance(src, dict):
-        config, label = _unquantized(src), "config"
+        config, label = without_quantization(src), "config"
         return config, parameters_of(config), label
     label = os.fspath(src)
     if os.path.isfile(label):
-        try:
-            config = json.loads(Path(label).read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CorruptCheckpointError("is not JSON", where=label) from error
-        if not isinstance(config, dict):
-            raise CorruptCheckpointError("is not a JSON object", where=label)
-        config = _unquantized(config)
+        folder, name = os.path.split(os.path.abspath(label))
+        config = parse_config(open_source(folder).read(name), label)
+        config = without_quantization(config)
         return config, parameters_of(config), label
     source = open_source(label, revision)
     return read_config(source), signatures(read_index(source)), source.spec
-
-
-def _unquantized(config: dict[str, Any]) -> dict[str, Any]:
-    """A bare config plans the model it describes; DeepSeek publishes only the one of its FP8 checkpoint."""
-    return {key: value for key, value in config.items() if key != "quantization_config"}

@@ -1,14 +1,14 @@
 """Where a checkpoint comes from: a local folder, a Hub repository pinned to a commit, or any fsspec URL.
 
 All three are an fsspec filesystem and a root, so that headers are read by byte range everywhere and a remote
-shard is staged on local disk only while it is being worked on. Nothing here parses what it reads.
+shard is staged on local disk only while it is being worked on. Nothing here parses what it reads. Every
+filesystem has exceptions of its own; they leave this module as one line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.callbacks import TqdmCallback
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
-from blockscale.errors import BlockscaleError
+from blockscale.checkpoint.hub import hub_path, pin_to_commit
+from blockscale.errors import BlockscaleError, CorruptCheckpointError
 
-_HUB_ID = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+# Names that filesystems have for what changes when a file does, the surest first.
+_STAMPS = ("etag", "ETag", "blob_id", "md5Hash", "mtime", "last_modified", "LastModified", "created")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of files on some filesystem.
+    """A folder of files on some filesystem. It can be pickled, and read from another machine.
 
     Attributes:
         spec: what the user wrote, for messages.
@@ -49,33 +53,67 @@ class Source:
         """Relative name -> bytes of every file, hidden files and folders left out."""
         if self.is_local:
             return dict(sorted(_walk_local(self.root)))
-        found = self.fs.find(self.root, detail=True)
-        names = {path.removeprefix(self.root).lstrip("/"): int(info["size"]) for path, info in found.items()}
-        return {name: names[name] for name in sorted(names) if not _hidden(name)}
+        with told("cannot be listed", self.spec):
+            found = self.fs.find(self.root, detail=True)
+        names = {path.removeprefix(self.root).lstrip("/"): info.get("size") for path, info in found.items()}
+        wanted = sorted(name for name in names if name and not _hidden(name))
+        return {name: self.size(name) if names[name] is None else int(names[name]) for name in wanted}
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        with told("cannot be reached", self._where(name)):
+            return bool(self.fs.exists(self.path(name)))
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        with told("cannot be read", self._where(name)):
+            size = self.fs.size(self.path(name))
+        if size is None:
+            raise BlockscaleError("has no known size, so no byte range can be read", where=self._where(name))
+        return int(size)
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
-        """Bytes of a file from `start`; all of the rest when `length` is None."""
-        try:
-            with self.fs.open(self.path(name), "rb", cache_type="none") as file:
-                file.seek(start)
-                return file.read(-1 if length is None else length)
-        except OSError as error:
-            raise BlockscaleError(f"cannot be read: {_reason(error)}", where=self.path(name)) from error
+        """Bytes of a file from `start`: all of the rest when `length` is None, fewer where the file ends."""
+        path, end = self.path(name), None if length is None else start + length
+        with told("cannot be read", self._where(name)):
+            # Asynchronous filesystems (S3, HTTP) answer with one ranged request; of a file in memory there is
+            # one position for all threads that have it open.
+            if self.fs.async_impl or isinstance(self.fs, MemoryFileSystem):
+                data = bytes(self.fs.cat_file(path, start=start, end=end))
+            else:
+                with self.fs.open(path, "rb", cache_type="none") as file:
+                    file.seek(start)
+                    data = bytes(file.read(-1 if length is None else length))
+        if length is not None and len(data) > length:
+            raise BlockscaleError("the server does not do byte ranges", where=self._where(name))
+        return data
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file to local disk, whole."""
+        with told("cannot be fetched", self._where(name)):
+            # The Hub's filesystem draws a progress bar of its own unless it is given one.
+            self.fs.get_file(self.path(name), str(target), callback=TqdmCallback({"disable": True}))
+        expected, got = self.size(name), target.stat().st_size
+        if got != expected:
+            raise CorruptCheckpointError(
+                "was fetched incompletely",
+                where=self._where(name),
+                expected=f"{expected} bytes",
+                got=got,
+                remedy="run the same command again",
+            )
 
     def fingerprint(self, name: str) -> list[Any]:
         """What tells a changed file from the one planned with: size and, where there is one, time or etag."""
-        info = self.fs.info(self.path(name))
-        if self.is_local:
-            return [info["size"], os.stat(self.path(name)).st_mtime_ns]
-        stamp = next(
-            (
-                str(info[key])
-                for key in ("etag", "ETag", "blob_id", "mtime", "last_modified")
-                if info.get(key)
-            ),
-            "",
-        )
-        return [info["size"], stamp]
+        with told("cannot be read", self._where(name)):
+            info = self.fs.info(self.path(name))
+            if self.is_local:
+                return [info["size"], os.stat(self.path(name)).st_mtime_ns]
+        return [info["size"], next((str(info[key]) for key in _STAMPS if info.get(key)), "")]
+
+    def refresh(self) -> None:
+        """Forget cached listings: what is asked next is what there is now (a pinned commit never changes)."""
+        self.fs.invalidate_cache()
 
     @contextmanager
     def local_file(self, name: str, staging: Path) -> Iterator[Path]:
@@ -86,60 +124,96 @@ class Source:
         staging.mkdir(parents=True, exist_ok=True)
         target = staging / name.replace("/", "--")
         try:
-            self.fs.get_file(self.path(name), str(target))
+            self.fetch(name, target)
             yield target
-        except OSError as error:
-            raise BlockscaleError(
-                f"cannot be fetched: {_reason(error)}", where=f"{self.spec}/{name}"
-            ) from error
         finally:
             target.unlink(missing_ok=True)
 
+    def _where(self, name: str) -> str:
+        return self.path(name) if self.is_local else f"{self.spec.rstrip('/')}/{name}"
+
 
 def open_source(spec: str | os.PathLike[str], revision: str | None = None) -> Source:
-    """Open a local folder, an fsspec URL or a Hub repository id (`org/name`, `org/name@revision`, `hf://…`).
+    """Open a local folder, an fsspec URL or a Hub repository.
 
-    A Hub revision is resolved to its commit once, so that a branch that moves cannot mix two models.
+    A repository is `org/name`, `org/name@revision` or `hf://org/name[@revision][/folder]`. Its revision
+    (branch, tag, commit, `refs/pr/1`) is resolved to a commit once, so that a branch that moves cannot mix
+    two models.
 
     Raises:
-        BlockscaleError: there is no such folder, repository or revision.
+        BlockscaleError: there is no such folder, repository or revision, or it cannot be reached.
     """
     text = os.fspath(spec)
-    if os.path.isdir(text):
-        return Source(text, fsspec.filesystem("file"), os.path.abspath(text))
-    if os.path.exists(text):
+    local = os.path.isdir(text)
+    if not local and os.path.exists(text):
         raise BlockscaleError("is a file", where=text, expected="a checkpoint folder")
-    hub = _HUB_ID.fullmatch(text)
-    if hub and ("://" not in text or text.startswith("hf://")) and not text.startswith((".", "/")):
-        return _open_hub(text, hub.group(1), revision or hub.group(2))
-    if "://" not in text:
+    hub = None if local else hub_path(text, revision)
+    if hub is not None:
+        fs, root = pin_to_commit(hub)
+        return _opened(text, fs, root) if hub.folder else Source(text, fs, root)
+    if revision is not None:
+        raise BlockscaleError("only a Hub repository has revisions", where=text, got=f"revision {revision}")
+    if not local and "://" not in text:
         raise BlockscaleError(
             "no such folder", where=text, expected="a folder, a Hub repo id or an fsspec URL"
         )
-    try:
+    return _opened(text, *resolve(text))
+
+
+def resolve(text: str) -> tuple[Any, str]:
+    """Filesystem and root of a folder or URL, whether it is there or not.
+
+    Raises:
+        BlockscaleError: unknown protocol, or its package is not installed.
+    """
+    if "://" not in text:
+        return fsspec.filesystem("file"), os.path.abspath(text)
+    with told("cannot be opened", text):
         fs, root = fsspec.core.url_to_fs(text)
-        if not fs.isdir(root):
-            raise BlockscaleError("no such folder", where=text)
-    except (ImportError, ValueError, OSError) as error:
-        if isinstance(error, BlockscaleError):
-            raise
-        raise BlockscaleError(f"cannot be opened: {_reason(error)}", where=text) from error
-    return Source(text, fs, root.rstrip("/"))
+    return fs, os.path.abspath(root) if isinstance(fs, LocalFileSystem) else root.rstrip("/")
 
 
-def _open_hub(text: str, repo_id: str, revision: str | None) -> Source:
-    from huggingface_hub import HfApi, HfFileSystem
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+def copy_file(source: Source, name: str, target: Path) -> str:
+    """Copy one file byte for byte, synced; returns its SHA-256."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.fetch(name, target)
+    digest = hashlib.sha256()
+    with open(target, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
+
+@contextmanager
+def told(what: str, where: str) -> Iterator[None]:
+    """Tells whatever a filesystem raises in one line."""
     try:
-        commit = HfApi().model_info(repo_id, revision=revision).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise BlockscaleError(
-            f"neither a local folder nor a Hub repository that can be reached: {_reason(error)}",
-            where=text,
-            remedy="check the spelling, the revision, and the access token for a gated repository",
-        ) from error
-    return Source(text, HfFileSystem(), f"{repo_id}@{commit}")
+        yield
+    except BlockscaleError:
+        raise
+    except Exception as error:
+        raise BlockscaleError(f"{what}: {reason(error)}", where=where) from error
+
+
+def reason(error: BaseException) -> str:
+    """Why, in a few words; many filesystems raise FileNotFoundError with the path for a message."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file or folder"
+    text = getattr(error, "strerror", None) or str(error).strip()
+    if not text:
+        return type(error).__name__
+    line = str(text).splitlines()[0]
+    return line if isinstance(error, (OSError, ImportError, ValueError)) else f"{type(error).__name__}: {line}"
+
+
+def _opened(text: str, fs: Any, root: str) -> Source:
+    with told("cannot be opened", text):
+        if not fs.isdir(root):
+            # `isdir` takes every failure for a no; `info` says what is wrong.
+            fs.info(root)
+            raise BlockscaleError("is a file", where=text, expected="a checkpoint folder")
+    return Source(text, fs, root)
 
 
 def _walk_local(root: str) -> Iterator[tuple[str, int]]:
@@ -154,25 +228,3 @@ def _walk_local(root: str) -> Iterator[tuple[str, int]]:
 
 def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.strip().splitlines()[0]
-
-
-def copy_file(source: Source, name: str, target: Path) -> str:
-    """Copy one file byte for byte, synced; returns its SHA-256."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with (
-        source.local_file(name, target.parent) as path,
-        open(path, "rb") as reader,
-        open(target, "wb") as writer,
-    ):
-        while block := reader.read(1 << 20):
-            digest.update(block)
-            writer.write(block)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return digest.hexdigest()

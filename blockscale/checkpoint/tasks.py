@@ -20,10 +20,11 @@ import torch
 from blockscale import ops
 from blockscale.checkpoint.index import TensorEntry
 from blockscale.checkpoint.plan import Task
+from blockscale.checkpoint.recipe import SCALE_DTYPES
 from blockscale.checkpoint.source import Source
 from blockscale.checkpoint.writer import ShardFile, write_at
 from blockscale.errors import CorruptCheckpointError, NonFiniteError
-from blockscale.formats import SAFETENSORS_DTYPES, ScaleFmt
+from blockscale.formats import E4M3_MAX, SAFETENSORS_DTYPES, ScaleFmt
 
 CHUNK_BYTES = 2 << 20
 
@@ -126,7 +127,7 @@ def _quantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[st
     digest, (block_n, _) = hashlib.sha256(), task.block_size
     rows, columns = task.source.shape[-2:]
     scale = torch.empty(scale_out.shape, dtype=torch.float32)
-    grid = scale.view(-1, *scale.shape[-2:])
+    grid = per_expert(scale)
     for expert, row, strip in strips(task.source, reader, block_n):
         scale_rows = grid[expert, row // block_n : math.ceil((row + strip.shape[0]) / block_n)]
         try:
@@ -161,11 +162,13 @@ def _dequantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[
     dtype = SAFETENSORS_DTYPES[output.dtype]
     assert dtype is not None
     scale = read_scale(task.scale, job.source)
-    grid = scale.view(-1, *scale.shape[-2:])
+    grid = per_expert(scale)
+    refuse_nonfinite = job.on_nonfinite == "error"
+    may_overflow = bool((scale * E4M3_MAX > torch.finfo(dtype).max).any())
     digest, (block_n, _) = hashlib.sha256(), task.block_size
     rows, columns = task.source.shape[-2:]
     for expert, row, strip in strips(task.source, reader, block_n):
-        if job.on_nonfinite == "error" and ops.find_nonfinite(strip)[0]:
+        if refuse_nonfinite and ops.find_nonfinite(strip)[0]:
             raise nonfinite_of(task.source, reader) or AssertionError("the scan found none")
         scale_rows = grid[expert, row // block_n : math.ceil((row + strip.shape[0]) / block_n)]
         if job.device == "cpu":
@@ -173,6 +176,12 @@ def _dequantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[
         else:
             moved = strip.to(job.device), scale_rows.to(job.device)
             weight = ops.dequantize_weight(*moved, task.block_size, dtype).cpu()
+        if refuse_nonfinite and may_overflow and ops.find_nonfinite(weight)[0]:
+            raise CorruptCheckpointError(
+                f"dequantized values are beyond the largest of {output.dtype}",
+                where=f"{output.name} in {task.source.file}",
+                remedy="choose a dtype of more range, or let them become Inf: --on-nonfinite keep",
+            )
         data = tensor_bytes(weight)
         digest.update(data)
         write_at(shard, output.name, (expert * rows + row) * columns * dtype.itemsize, data)
@@ -184,11 +193,18 @@ def read_scale(entry: TensorEntry, source: Source) -> torch.Tensor:
     """Read a scale from whatever shard holds it, as float32.
 
     Raises:
-        CorruptCheckpointError: a scale that is not a positive finite number.
+        CorruptCheckpointError: a wrong dtype, or a scale that is not a positive finite number.
     """
-    dtype = SAFETENSORS_DTYPES[entry.dtype]
-    assert dtype is not None
+    dtype = SAFETENSORS_DTYPES[entry.dtype] if entry.dtype in SCALE_DTYPES else None
+    if dtype is None:
+        raise CorruptCheckpointError(
+            "scale has a wrong dtype", where=entry.name, expected=" | ".join(SCALE_DTYPES), got=entry.dtype
+        )
     raw = bytearray(source.read(entry.file, entry.start, entry.nbytes))
+    if len(raw) != entry.nbytes:
+        raise CorruptCheckpointError(
+            "file became shorter while it was read", where=entry.file, remedy="fetch the file again"
+        )
     scale = (
         (torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype))
         .reshape(entry.shape)
@@ -203,6 +219,11 @@ def read_scale(entry: TensorEntry, source: Source) -> torch.Tensor:
             got=f"{scale[tuple(position)].item()} at {position}",
         )
     return scale
+
+
+def per_expert(scale: torch.Tensor) -> torch.Tensor:
+    """A scale grid, of 2-D or fused 3-D weights, as (experts, rows, columns)."""
+    return scale.view(math.prod(scale.shape[:-2]), *scale.shape[-2:])
 
 
 def _copy(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:

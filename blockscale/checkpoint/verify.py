@@ -13,7 +13,6 @@ x to E4M3 codes of scale s is off by at most half a step,
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import tempfile
@@ -28,7 +27,7 @@ import torch
 from blockscale import ops
 from blockscale.checkpoint.engine import default_workers
 from blockscale.checkpoint.families import family_of, stored_block_size
-from blockscale.checkpoint.index import CheckpointIndex, TensorEntry, read_index
+from blockscale.checkpoint.index import CheckpointIndex, TensorEntry, parse_object, read_index
 from blockscale.checkpoint.inspect import scale_names, scale_value_problems
 from blockscale.checkpoint.plan import MANIFEST_NAME, read_config
 from blockscale.checkpoint.problems import Problem, structural_problems
@@ -39,6 +38,7 @@ from blockscale.checkpoint.tasks import (
     Reader,
     chunks,
     open_reader,
+    per_expert,
     read_codes,
     read_scale,
     strips,
@@ -188,16 +188,12 @@ def _open_side(spec: str | os.PathLike[str]) -> _Side:
 
 
 def _read_manifest(source: Source) -> dict[str, Any] | None:
-    if not source.fs.exists(source.path(MANIFEST_NAME)):
+    if not source.exists(MANIFEST_NAME):
         return None
-    try:
-        manifest = json.loads(source.read(MANIFEST_NAME))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptCheckpointError(
-            "manifest is not JSON", where=f"{source.spec}/{MANIFEST_NAME}"
-        ) from error
-    if not isinstance(manifest, dict):
-        raise CorruptCheckpointError("manifest is not a JSON object", where=f"{source.spec}/{MANIFEST_NAME}")
+    where = f"{source.spec}/{MANIFEST_NAME}"
+    manifest = parse_object(source.read(MANIFEST_NAME), where)
+    if not all(isinstance(manifest.get(key), dict) for key in ("files", "tensors")):
+        raise CorruptCheckpointError("manifest lacks its checksums", where=where)
     return manifest
 
 
@@ -220,7 +216,7 @@ def _set_problems(side: _Side, other: _Side | None, manifest: dict[str, Any] | N
             Problem("error", name, "is not in the manifest") for name in names - manifest["tensors"].keys()
         ]
         for name, digest in manifest["files"].items():
-            if not side.source.fs.exists(side.source.path(name)):
+            if not side.source.exists(name):
                 problems.append(Problem("error", name, "file is in the manifest but gone"))
             elif hashlib.sha256(side.source.read(name)).hexdigest() != digest:
                 problems.append(Problem("error", name, "file differs from the manifest"))
@@ -246,7 +242,7 @@ def _open_files(side: _Side, other: _Side | None, file: str, staging: Path, stac
     readers: _Readers = {}
     for place, (owner, name) in enumerate(wanted):
         path = stack.enter_context(owner.source.local_file(name, staging / str(place)))
-        readers[owner.source.root, name] = stack.enter_context(open_reader(path))
+        readers[owner.source.spec, name] = stack.enter_context(open_reader(path))
     return readers
 
 
@@ -259,7 +255,7 @@ def _check_tensor(
     progress: Progress,
 ) -> tuple[list[Problem], TensorError | None]:
     side, other = sides
-    reader = readers[side.source.root, entry.file]
+    reader = readers[side.source.spec, entry.file]
     problems: list[Problem] = []
     deviation: TensorError | None = None
     found, nan = _hash_and_count_nan(entry, reader, progress)
@@ -276,7 +272,7 @@ def _check_tensor(
         and not broken & {entry.name, scale_of(entry.name, side.index.tensors)}
     ):
         try:
-            twin_reader = readers[other.source.root, twin.file]
+            twin_reader = readers[other.source.spec, twin.file]
             message, deviation = _compare(entry, reader, side, twin, twin_reader, other)
         except BlockscaleError as error:
             message = str(error)
@@ -318,7 +314,7 @@ def _compare_quantized(
     entry: TensorEntry, reader: Reader, side: _Side, twin: TensorEntry, twin_reader: Reader
 ) -> tuple[str | None, TensorError]:
     scale, block = side.scale(entry), side.stored_block(entry)
-    grid = scale.view(-1, *scale.shape[-2:])
+    grid = per_expert(scale)
     squared_error = squared = worst = 0.0
     beyond: tuple[int, list[int]] | None = None
     for expert, row, strip in strips(twin, twin_reader, block[0]):
@@ -349,7 +345,7 @@ def _compare_dequantized(
     entry: TensorEntry, reader: Reader, twin: TensorEntry, twin_reader: Reader, other: _Side
 ) -> str | None:
     scale, block = other.scale(twin), other.stored_block(twin)
-    grid = scale.view(-1, *scale.shape[-2:])
+    grid = per_expert(scale)
     for expert, row, strip in strips(entry, reader, block[0]):
         rows, columns = strip.shape
         codes = read_codes(twin_reader, twin.start + (expert * twin.shape[-2] + row) * columns, rows, columns)

@@ -3,8 +3,11 @@
 While a run is under way everything lies in `DST/.blockscale/`: a lock, `journal.jsonl`, and `staging/` with
 the shards. A shard is journaled after it is complete and synced. The commit is journaled before the first
 file moves to its final name, config.json moves last, and the folder `.blockscale/` goes away at the end:
-killed at any moment, the same command goes on from what the journal says. A remote destination has its
-workspace in the local cache, and each finished shard is uploaded instead of kept.
+killed at any moment, the same command goes on from what the journal says.
+
+A remote destination has its lock and journal in the local cache, in `~/.cache/blockscale/` (or
+`$XDG_CACHE_HOME/blockscale/`) under a name that depends on the URL alone, so that a later run finds them;
+each finished shard is uploaded to `DST/.blockscale/` (`remote`) and removed here.
 """
 
 from __future__ import annotations
@@ -14,21 +17,22 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
+from blockscale.checkpoint import remote
+from blockscale.checkpoint.hub import hub_path
+from blockscale.checkpoint.index import parse_object
 from blockscale.checkpoint.plan import CONFIG_NAME, MANIFEST_NAME
-from blockscale.checkpoint.source import Source
-from blockscale.checkpoint.writer import sync_folder, write_synced
-from blockscale.errors import BlockscaleError, BusyError
+from blockscale.checkpoint.remote import WORK_FOLDER
+from blockscale.checkpoint.source import Source, resolve, told
+from blockscale.checkpoint.writer import io_errors, sync_folder, write_synced
+from blockscale.errors import BlockscaleError, BusyError, CorruptCheckpointError
 
-WORK_FOLDER = ".blockscale"
 _OURS = (".safetensors", ".safetensors.index.json")
 
 
@@ -39,6 +43,8 @@ class Workspace:
     Attributes:
         target: where the result goes, as a Source (a folder on some filesystem).
         folder: the local working folder.
+        run: what tells this run, and those that resume it, from any other.
+        claimed: a remote destination is marked as taken by this run.
         done: shard file -> its journal record, for shards that are finished.
         committing: the final file names, once the commit has begun.
         complete: the destination already holds the result of this very plan.
@@ -46,6 +52,8 @@ class Workspace:
 
     target: Source
     folder: Path
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    claimed: bool = False
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
     committing: list[str] | None = None
     complete: bool = False
@@ -55,6 +63,11 @@ class Workspace:
         return self.folder / "staging"
 
     @property
+    def attempts(self) -> Path:
+        """Where the tasks of a cluster run write, each into a folder of its own."""
+        return self.folder / "attempts"
+
+    @property
     def journal(self) -> Path:
         return self.folder / "journal.jsonl"
 
@@ -62,15 +75,13 @@ class Workspace:
 def resolve_target(dst: str | os.PathLike[str]) -> Source:
     """The destination as a folder on a filesystem; it need not exist."""
     text = os.fspath(dst)
-    if "://" not in text:
-        return Source(text, fsspec.filesystem("file"), os.path.abspath(text))
-    try:
-        fs, root = fsspec.core.url_to_fs(text)
-    except (ImportError, ValueError, OSError) as error:
-        raise BlockscaleError(f"cannot be opened: {error}", where=text) from error
-    if isinstance(fs, LocalFileSystem):
-        return Source(text, fs, os.path.abspath(root))
-    return Source(text, fs, root.rstrip("/"))
+    if text.startswith("hf://") and (repo := hub_path(text)) is not None:
+        raise BlockscaleError(
+            "a Hub repository cannot be written shard by shard",
+            where=text,
+            remedy=f"write to a folder, then: hf upload {repo.repo} FOLDER",
+        )
+    return Source(text, *resolve(text))
 
 
 @contextmanager
@@ -96,14 +107,19 @@ def open_workspace(dst: str | os.PathLike[str], digest: str, *, overwrite: bool)
             shutil.rmtree(folder)
         elif not workspace.journal.exists():
             workspace.staging.mkdir(parents=True, exist_ok=True)
-            _append(workspace, {"plan": digest})
+            _append(workspace, {"plan": digest, "run": workspace.run})
+            _claim(workspace, overwrite)
         yield workspace
     except BaseException:
         # Leave nothing behind that the next run could not use; what an earlier run finished stays.
         if ours and not workspace.done and workspace.committing is None:
+            if workspace.claimed:
+                with suppress(BlockscaleError):
+                    remote.clear(target)
             shutil.rmtree(folder, ignore_errors=True)
             if not existed and target.is_local:
-                shutil.rmtree(folder.parent, ignore_errors=True)
+                with suppress(OSError):  # somebody has put a file there meanwhile
+                    folder.parent.rmdir()
         raise
     finally:
         os.close(lock)
@@ -111,9 +127,20 @@ def open_workspace(dst: str | os.PathLike[str], digest: str, *, overwrite: bool)
 
 def finish_shard(workspace: Workspace, file: str, record: dict[str, Any]) -> None:
     """Record a shard whose bytes are complete and synced in staging; uploads it if the target is remote."""
-    sync_folder(workspace.staging)
-    if not workspace.target.is_local:
-        _upload(workspace, file)
+    if workspace.target.is_local:
+        sync_folder(workspace.staging)
+    else:
+        staged = workspace.staging / file
+        record = {**record, "staged": remote.upload(workspace.target, staged)}
+        staged.unlink()
+    record_shard(workspace, file, record)
+
+
+def record_shard(workspace: Workspace, file: str, record: dict[str, Any]) -> None:
+    """Record a finished shard; `record["staged"]` says where it waits if not in staging under its name.
+
+    That is a path in the working folder, or a one-time name at a remote destination.
+    """
     _append(workspace, {"shard": file, "record": record})
     workspace.done[file] = record
 
@@ -123,25 +150,67 @@ def commit(workspace: Workspace, files: list[str]) -> None:
     if workspace.committing is None:
         _append(workspace, {"commit": files})
         workspace.committing = files
-    target, fs = workspace.target, workspace.target.fs
+    target = workspace.target
     ordered = [name for name in workspace.committing if name != CONFIG_NAME] + [CONFIG_NAME]
     if (workspace.staging / CONFIG_NAME).exists():
-        stale = [name for name in target.files() if name.endswith(_OURS) and name not in ordered]
-        for name in (CONFIG_NAME, MANIFEST_NAME, *stale):
-            if fs.exists(target.path(name)) and (name in stale or (workspace.staging / name).exists()):
-                fs.rm_file(target.path(name))
+        # The old manifest goes last: it tells what is stale, also to a run that resumes a killed one.
+        old = [MANIFEST_NAME] if (workspace.staging / MANIFEST_NAME).exists() else []
+        for name in (CONFIG_NAME, *_stale(target, ordered), *old):
+            if target.exists(name):
+                with told("cannot be removed", target.path(name)):
+                    target.fs.rm_file(target.path(name))
     for name in ordered:
-        staged = workspace.staging / name
-        if not staged.exists():
-            continue
-        if target.is_local:
-            final = Path(target.path(name))
-            final.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staged, final)
-            sync_folder(final.parent)
-        else:
-            _upload(workspace, name)
+        _publish(workspace, name)
+    if not target.is_local:
+        remote.clear(target)
     shutil.rmtree(workspace.folder)
+
+
+def _stale(target: Source, ordered: list[str]) -> list[str]:
+    """Files of a replaced model without a successor: its shards, and unchanged files that it carried along.
+
+    A tokenizer or chat template that stayed behind would pass for the new model's.
+    """
+    present = [name for name in target.files() if name not in ordered]
+    carried = _manifest(target).get("files") if target.exists(MANIFEST_NAME) else None
+    carried = carried if isinstance(carried, dict) else {}
+    return [
+        name
+        for name in present
+        if _is_ours(name)
+        or (name in carried and hashlib.sha256(target.read(name)).hexdigest() == carried[name])
+    ]
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a name is a shard or index of the checkpoint itself; subfolders may hold checkpoints of others."""
+    return "/" not in name and name.endswith(_OURS)
+
+
+def _manifest(target: Source) -> dict[str, Any]:
+    try:
+        return parse_object(target.read(MANIFEST_NAME), MANIFEST_NAME)
+    except CorruptCheckpointError:
+        return {}
+
+
+def _publish(workspace: Workspace, name: str) -> None:
+    """Move one file from where it waits to its final name, unless an earlier run has done that."""
+    target, record = workspace.target, workspace.done.get(name)
+    staged = workspace.folder / (record or {}).get("staged", f"staging/{name}")
+    if target.is_local:
+        if staged.exists():
+            final = Path(target.path(name))
+            with io_errors(final):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(staged, final)
+            sync_folder(final.parent)
+    elif record is not None:
+        if remote.holds(target, record["staged"], record["size"]):
+            remote.publish(target, record["staged"], name)
+    elif staged.exists():
+        remote.publish(target, remote.upload(target, staged), name)
+        staged.unlink()
 
 
 def stage_file(workspace: Workspace, name: str, data: bytes) -> None:
@@ -153,11 +222,11 @@ def _work_folder(target: Source) -> Path:
     if target.is_local:
         return Path(target.root) / WORK_FOLDER
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "blockscale" / hashlib.sha256(target.spec.encode()).hexdigest()[:16] / WORK_FOLDER
+    return cache / "blockscale" / hashlib.sha256(target.spec.rstrip("/").encode()).hexdigest()[:16]
 
 
 def _lock(folder: Path, target: Source) -> int:
-    where = target.spec
+    where = target.spec if target.is_local else folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -171,7 +240,7 @@ def _lock(folder: Path, target: Source) -> int:
     except BlockingIOError as error:
         os.close(lock)
         raise BusyError(
-            "another run is writing here", where=where, remedy="wait for it, or use another folder"
+            "another run is writing here", where=target.spec, remedy="wait for it, or use another folder"
         ) from error
     return lock
 
@@ -189,44 +258,64 @@ def _load_journal(workspace: Workspace, digest: str, overwrite: bool) -> None:
     if not records:
         workspace.journal.unlink(missing_ok=True)
         shutil.rmtree(workspace.staging, ignore_errors=True)
+        return
+    workspace.run = records[0].get("run", "")
+    _claim(workspace, overwrite)
+    workspace.committing = next((record["commit"] for record in records if "commit" in record), None)
     for record in records:
-        if "commit" in record:
-            workspace.committing = record["commit"]
-        elif "shard" in record and (workspace.committing is not None or _is_staged(workspace, record)):
+        if "shard" in record and (workspace.committing is not None or _is_staged(workspace, record)):
             workspace.done[record["shard"]] = record["record"]
+    if workspace.committing is None:
+        _sweep(workspace)
 
 
-def _is_staged(workspace: Workspace, record: dict[str, Any]) -> bool:
-    """Whether a journaled shard really is there with its size (it is, unless somebody moved it)."""
+def _claim(workspace: Workspace, overwrite: bool) -> None:
     if not workspace.target.is_local:
-        path = workspace.target.path(record["shard"])
-        return workspace.target.fs.exists(path) and workspace.target.fs.size(path) == record["record"]["size"]
-    staged = workspace.staging / record["shard"]
-    committed = Path(workspace.target.path(record["shard"]))
-    return any(
-        path.exists() and path.stat().st_size == record["record"]["size"] for path in (staged, committed)
-    )
+        remote.claim(workspace.target, workspace.run, overwrite=overwrite)
+        workspace.claimed = True
+
+
+def _is_staged(workspace: Workspace, entry: dict[str, Any]) -> bool:
+    """Whether a journaled shard really is there with its size (it is, unless somebody moved it)."""
+    file, record = entry["shard"], entry["record"]
+    if not workspace.target.is_local:
+        return remote.holds(workspace.target, record["staged"], record["size"])
+    staged = workspace.folder / record.get("staged", f"staging/{file}")
+    return staged.exists() and staged.stat().st_size == record["size"]
+
+
+def _sweep(workspace: Workspace) -> None:
+    """Remove attempts of a killed run that nobody will ask for; what lies in staging is written over."""
+    kept = {record["staged"] for record in workspace.done.values() if "staged" in record}
+    if not workspace.target.is_local:
+        remote.sweep(workspace.target, kept)
+    elif workspace.attempts.is_dir():
+        for folder in workspace.attempts.iterdir():
+            if not any((workspace.folder / name).parent == folder for name in kept):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     if not path.exists():
         return records
+    good = 0
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line) if line.endswith(b"\n") else None
-        except json.JSONDecodeError:
+        except ValueError:
             record = None
         if not isinstance(record, dict):
             # Torn by a kill in the middle of the write: nothing after it was recorded.
-            path.write_bytes(b"".join(json.dumps(r).encode() + b"\n" for r in records))
+            os.truncate(path, good)
             break
         records.append(record)
+        good += len(line)
     return records
 
 
 def _append(workspace: Workspace, record: dict[str, Any]) -> None:
-    with open(workspace.journal, "ab") as file:
+    with io_errors(workspace.journal), open(workspace.journal, "ab") as file:
         file.write(json.dumps(record).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
@@ -235,18 +324,13 @@ def _append(workspace: Workspace, record: dict[str, Any]) -> None:
 
 def _check_vacant(workspace: Workspace, digest: str, overwrite: bool) -> None:
     target = workspace.target
+    if not target.is_local:
+        target.refresh()
     if not target.fs.exists(target.root):
         return
-    present = [
-        name for name in target.files() if name.endswith(_OURS) or name in (CONFIG_NAME, MANIFEST_NAME)
-    ]
+    present = [name for name in target.files() if _is_ours(name) or name in (CONFIG_NAME, MANIFEST_NAME)]
     if MANIFEST_NAME in present and CONFIG_NAME in present:
-        try:
-            workspace.complete = (
-                json.loads(target.read(MANIFEST_NAME)).get("plan") == digest and not overwrite
-            )
-        except (json.JSONDecodeError, AttributeError):
-            workspace.complete = False
+        workspace.complete = _manifest(target).get("plan") == digest and not overwrite
     if present and not workspace.complete and not overwrite:
         raise BlockscaleError(
             "already holds a checkpoint",
@@ -254,13 +338,3 @@ def _check_vacant(workspace: Workspace, digest: str, overwrite: bool) -> None:
             got=present[0],
             remedy="choose another folder, or replace it with --overwrite",
         )
-
-
-def _upload(workspace: Workspace, name: str) -> None:
-    target, staged = workspace.target, workspace.staging / name
-    try:
-        target.fs.makedirs(os.path.dirname(target.path(name)), exist_ok=True)
-        target.fs.put_file(str(staged), target.path(name))
-    except OSError as error:
-        raise BlockscaleError(f"cannot be uploaded: {error}", where=target.path(name)) from error
-    staged.unlink()

@@ -10,7 +10,8 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +50,16 @@ def open_shard(path: Path, outputs: Iterable[OutputTensor], metadata: dict[str, 
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    with _io_errors(path):
+    with io_errors(path):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        os.truncate(fd, start + position)
     shard = ShardFile(fd, path, {name: start + offset for name, offset in offsets.items()}, start + position)
-    _pwrite(shard, struct.pack("<Q", len(text)) + text, 0)
+    try:
+        with io_errors(path):
+            os.truncate(fd, shard.size)
+        _pwrite(shard, struct.pack("<Q", len(text)) + text, 0)
+    except BlockscaleError:
+        os.close(fd)
+        raise
     return shard
 
 
@@ -64,14 +70,14 @@ def write_at(shard: ShardFile, name: str, offset: int, data: memoryview) -> None
 
 def flush(shard: ShardFile) -> None:
     """Push what is written so far to the disk."""
-    with _io_errors(shard.path):
+    with io_errors(shard.path):
         os.fdatasync(shard.fd)
 
 
 def close_shard(shard: ShardFile) -> None:
     """Sync and close."""
     try:
-        with _io_errors(shard.path):
+        with io_errors(shard.path):
             os.fsync(shard.fd)
     finally:
         os.close(shard.fd)
@@ -79,7 +85,7 @@ def close_shard(shard: ShardFile) -> None:
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write a small file whole and sync it."""
-    with _io_errors(path):
+    with io_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             file.write(data)
@@ -89,37 +95,33 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def sync_folder(path: Path) -> None:
     """Sync a folder, so that renames in it survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with io_errors(path):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _pwrite(shard: ShardFile, data: memoryview | bytes, offset: int) -> None:
     view = memoryview(data)
-    with _io_errors(shard.path):
+    with io_errors(shard.path):
         while view:
             written = os.pwrite(shard.fd, view, offset)
             view, offset = view[written:], offset + written
 
 
-class _io_errors:
-    """Turns an OSError of writing into one line."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, BlockscaleError):
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise BlockscaleError(
-                "disk is full" if full else f"cannot be written: {error.strerror}",
-                where=self.path,
-                remedy="free some space and run the same command again: finished shards are kept"
-                if full
-                else None,
-            ) from error
+@contextmanager
+def io_errors(path: Path) -> Iterator[None]:
+    """Tells a failure to write `path` in one line."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise BlockscaleError(
+            "disk is full" if full else f"cannot be written: {error.strerror}",
+            where=path,
+            remedy="free some space and run the same command again: finished shards are kept"
+            if full
+            else None,
+        ) from error

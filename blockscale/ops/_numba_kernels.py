@@ -6,7 +6,7 @@ covers the rows from `(t % ceil(N / block_n)) * block_n` of expert `t // ceil(N 
 independent, the kernels release the GIL, and each call is single-threaded: threads split the strips.
 
 Quantization reads a strip twice, row by row: once for the amax of its blocks, once to write codes. The second
-reading comes from the cache. Two ways to a code:
+reading comes from the cache; the table way computes codes while the next strip is read. Two ways to a code:
 - direct: e4m3(float32(x) / scale), a vectorized float32 loop; any input format;
 - table: BF16 weights in blocks of at least `TABLE_MIN_BLOCK` values, on x86; 32 codes at a time by table
   look-up (`quantize32`). Values whose code is subnormal, and rows of a block narrower than 32, go the direct
@@ -31,6 +31,7 @@ from blockscale.ops._simd import (
     as_float,
     dequantize1,
     dequantize32,
+    direct32,
     e4m3_from_float,
     quantize32,
 )
@@ -55,10 +56,18 @@ def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_jit
+def _strip_rows(strip, n, grid_n, block_n):
+    """First and one past the last row of a strip, counted through all experts."""
+    top = strip // grid_n * n
+    first = strip % grid_n * block_n
+    return top + first, top + min(first + block_n, n)
+
+
+@_jit
 def _amax(x, start, stop, largest):
-    segment = x[start:stop]
-    for i in range(segment.size):
-        largest = abs_max(largest, segment[i])
+    # An unsigned index cannot be negative: without the wraparound of negative ones, the loop vectorizes.
+    for i in range(np.uint64(start), np.uint64(stop)):
+        largest = abs_max(largest, x[i])
     return largest
 
 
@@ -77,29 +86,48 @@ def _block_scale(amax, amax_floor, pow2):
 
 
 @_jit
-def _strip_scales(x, scale, rows, cols, rule):
-    """Fill the scales of one strip, rows[0]:rows[1] of the flat x; returns how many are NaN or Inf."""
-    block_k, amax_floor, pow2 = rule
-    largest = np.zeros(scale.size, x.dtype)
+def _strip_amax(x, largest, rows, cols, block_k):
+    """Raise `largest` (one entry a block, magnitude bits) to the amax over rows[0]:rows[1] of the flat x."""
     for row in range(rows[0], rows[1]):
-        for block in range(scale.size):
+        for block in range(largest.size):
             start = row * cols + block * block_k
             stop = row * cols + min(block * block_k + block_k, cols)
             largest[block] = _amax(x, start, stop, largest[block])
+
+
+@_jit
+def _strip_scales(largest, scale, amax_floor, pow2):
+    """Turn amax bits into the scales of a strip and zero them; returns how many scales are NaN or Inf."""
     nonfinite = 0
     for block in range(scale.size):
         scale[block] = _block_scale(as_float(largest[block]), amax_floor, pow2)
+        largest[block] = 0
         if not scale[block] < _INF:
             nonfinite += 1
     return nonfinite
 
 
 @_jit
-def _direct(x, codes, start, stop, scale):
-    values = x[start:stop]
-    out = codes[start:stop]
-    for i in range(values.size):
-        out[i] = e4m3_from_float(as_float(values[i]) / scale)
+def _direct_rows(x, codes, scale, rows, cols, block_k):
+    """Codes of rows[0]:rows[1] of the flat x in float32, given the scale of every block of the strip."""
+    for row in range(rows[0], rows[1]):
+        for block in range(scale.size):
+            start = row * cols + block * block_k
+            stop = row * cols + min(block * block_k + block_k, cols)
+            if stop - start < LANES:
+                _narrow(x, codes, start, stop, scale[block])
+                continue
+            for i in range(start, stop - LANES + 1, LANES):
+                direct32(x, codes, i, scale[block])
+            # The last 32 values once more: cheaper than a loop over the remainder, and the same codes.
+            if (stop - start) % LANES:
+                direct32(x, codes, stop - LANES, scale[block])
+
+
+@_jit
+def _narrow(x, codes, start, stop, scale):
+    for i in range(np.uint64(start), np.uint64(stop)):
+        codes[i] = e4m3_from_float(as_float(x[i]) / scale)
 
 
 @_jit
@@ -108,21 +136,16 @@ def quantize_direct(x, codes, scale, block_size, amax_floor, pow2, strips):
 
     codes: uint8 (E, N, K); scale: float32 (E, ceil, ceil); amax_floor: 0 for weights; pow2: ue8m0 scales.
     """
-    _, n, cols = x.shape
-    _, grid_n, grid_k = scale.shape
-    block_n, block_k = block_size
+    cols, grid_k, block_k = x.shape[2], scale.shape[2], block_size[1]
     x_flat, codes_flat, scale_flat = x.reshape(-1), codes.reshape(-1), scale.reshape(-1)
+    largest = np.zeros(grid_k, x.dtype)
     nonfinite = 0
     for strip in range(strips[0], strips[1]):
-        expert, first = strip // grid_n, strip % grid_n * block_n
-        row0, row1 = expert * n + first, expert * n + min(first + block_n, n)
+        row0, row1 = _strip_rows(strip, x.shape[1], scale.shape[1], block_size[0])
         strip_scale = scale_flat[strip * grid_k : (strip + 1) * grid_k]
-        nonfinite += _strip_scales(x_flat, strip_scale, (row0, row1), cols, (block_k, amax_floor, pow2))
-        for row in range(row0, row1):
-            for block in range(grid_k):
-                start = row * cols + block * block_k
-                stop = row * cols + min(block * block_k + block_k, cols)
-                _direct(x_flat, codes_flat, start, stop, strip_scale[block])
+        _strip_amax(x_flat, largest, (row0, row1), cols, block_k)
+        nonfinite += _strip_scales(largest, strip_scale, amax_floor, pow2)
+        _direct_rows(x_flat, codes_flat, strip_scale, (row0, row1), cols, block_k)
     return nonfinite
 
 
@@ -146,57 +169,66 @@ def _mantissa_table(table, scale, codes):
 
 
 @_jit
-def _table_rows(x, codes, tables, scale, rows, cols, block_k):
-    """Codes of rows[0]:rows[1], given the table and the scale of every block of the strip."""
+def _table_rows(x, codes, tables, scale, largest, rows, cols, block_k):
+    """Codes of rows[0]:rows[1], given the table and the scale of every block of the strip.
+
+    On the way, raises `largest` to the amax of as many of the following rows, up to rows[2]: while they come
+    from memory, the codes are computed.
+    """
+    ahead = rows[1] - rows[0]
     for row in range(rows[0], rows[1]):
         for block in range(scale.size):
             start = row * cols + block * block_k
             stop = row * cols + min(block * block_k + block_k, cols)
+            if row + ahead < rows[2]:
+                largest[block] = _amax(x, start + ahead * cols, stop + ahead * cols, largest[block])
             table = block * _TABLE_ROWS * LANES
             if stop - start < LANES:
-                _direct(x, codes, start, stop, scale[block])
+                _narrow(x, codes, start, stop, scale[block])
                 continue
             for i in range(start, stop - LANES + 1, LANES):
                 if quantize32(x, codes, i, tables, table):
-                    _direct(x, codes, i, i + LANES, scale[block])
-            # The last 32 values once more: cheaper than a loop over the remainder, and the same codes.
+                    direct32(x, codes, i, scale[block])
             if (stop - start) % LANES and quantize32(x, codes, stop - LANES, tables, table):
-                _direct(x, codes, stop - LANES, stop, scale[block])
+                direct32(x, codes, stop - LANES, scale[block])
 
 
 @_jit
 def quantize_table(x, codes, scale, block_size, pow2, strips):
     """As quantize_direct, for BF16 weights in large blocks; stops at the first strip with NaN or Inf."""
-    _, n, cols = x.shape
-    _, grid_n, grid_k = scale.shape
-    block_n, block_k = block_size
+    cols, grid_k, block_k = x.shape[2], scale.shape[2], block_size[1]
     x_flat, codes_flat, scale_flat = x.reshape(-1), codes.reshape(-1), scale.reshape(-1)
     tables = np.empty((grid_k, _TABLE_ROWS, LANES), np.uint8)
     tables_flat = tables.reshape(-1)
     scratch = np.empty(128, np.uint8)
+    largest = np.zeros(grid_k, x.dtype)
+    seen = 0  # end of the rows whose amax is in `largest`
     for strip in range(strips[0], strips[1]):
-        expert, first = strip // grid_n, strip % grid_n * block_n
-        row0, row1 = expert * n + first, expert * n + min(first + block_n, n)
+        row0, row1 = _strip_rows(strip, x.shape[1], scale.shape[1], block_size[0])
+        _strip_amax(x_flat, largest, (max(row0, seen), row1), cols, block_k)
         strip_scale = scale_flat[strip * grid_k : (strip + 1) * grid_k]
-        nonfinite = _strip_scales(x_flat, strip_scale, (row0, row1), cols, (block_k, np.float32(0.0), pow2))
+        nonfinite = _strip_scales(largest, strip_scale, np.float32(0.0), pow2)
         if nonfinite:
             return nonfinite
         for block in range(grid_k):
             _mantissa_table(tables[block], strip_scale[block], scratch)
-        _table_rows(x_flat, codes_flat, tables_flat, strip_scale, (row0, row1), cols, block_k)
+        following = row1
+        if strip + 1 < strips[1]:
+            following = _strip_rows(strip + 1, x.shape[1], scale.shape[1], block_size[0])[1]
+        rows = (row0, row1, following)
+        _table_rows(x_flat, codes_flat, tables_flat, strip_scale, largest, rows, cols, block_k)
+        seen = min(following, row1 + row1 - row0)
     return 0
 
 
 @_jit
 def dequantize(codes, scale, out, block_size, strips):
     """out = codes * scale for strips[0]:strips[1], rounded to the format of out (E, N, K)."""
-    _, n, cols = codes.shape
-    _, grid_n, grid_k = scale.shape
-    block_n, block_k = block_size
+    cols, grid_k, block_k = codes.shape[2], scale.shape[2], block_size[1]
     codes_flat, out_flat, scale_flat = codes.reshape(-1), out.reshape(-1), scale.reshape(-1)
     for strip in range(strips[0], strips[1]):
-        expert, first = strip // grid_n, strip % grid_n * block_n
-        for row in range(expert * n + first, expert * n + min(first + block_n, n)):
+        row0, row1 = _strip_rows(strip, codes.shape[1], scale.shape[1], block_size[0])
+        for row in range(row0, row1):
             for block in range(grid_k):
                 s = scale_flat[strip * grid_k + block]
                 start = row * cols + block * block_k

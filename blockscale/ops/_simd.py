@@ -89,6 +89,29 @@ def _emit_from_float(b: ir.IRBuilder, fmt: Any, value: ir.Value) -> ir.Value:
     return b.trunc(b.lshr(rounded, _const(wide, 16)), _like(value.type, I16))
 
 
+def _emit_e4m3(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """E4M3 codes of float32 values, rounded to nearest even, saturating, NaN as 0x7F (scalar or vector)."""
+    words = _like(value.type, I32)
+
+    def number(constant: int) -> ir.Constant:
+        return _const(words, constant)
+
+    bits = b.bitcast(value, words)
+    magnitude = b.and_(bits, number(0x7FFFFFFF))
+    # Normal result: rebias the exponent (127 -> 7) and round away 20 of 23 mantissa bits, ties to even.
+    odd = b.and_(b.lshr(magnitude, number(20)), number(1))
+    rounded = b.add(b.add(magnitude, number(0x7FFFF)), odd)
+    normal = b.lshr(b.sub(rounded, number(120 << 23)), number(20))
+    normal = b.select(b.icmp_unsigned("<", normal, number(0x7E)), normal, number(0x7E))
+    # Subnormal result (below 2**-6): adding 2**14 makes the hardware round to multiples of 2**-9.
+    shifted = b.fadd(b.bitcast(magnitude, value.type), _const(value.type, 16384.0))
+    subnormal = b.sub(b.bitcast(shifted, words), number(0x46800000))
+    code = b.select(b.icmp_signed(">=", magnitude, number(121 << 23)), normal, subnormal)
+    code = b.or_(code, b.and_(b.lshr(bits, number(24)), number(0x80)))
+    code = b.select(b.icmp_signed(">", magnitude, number(0x7F800000)), number(0x7F), code)
+    return b.trunc(code, _like(value.type, I8))
+
+
 def _emit_half_of_e4m3(b: ir.IRBuilder, codes: ir.Value) -> ir.Value:
     """float32 of E4M3 codes times 2**-8: E4M3 bits shifted into a float16, whose exponent bias is 8 larger.
 
@@ -137,24 +160,23 @@ def abs_max(typing, largest, bits):
 @intrinsic
 def e4m3_from_float(typing, value):
     """e4m3_from_float(value) -> uint8: round to nearest even, saturating at 448; every NaN gives 0x7F."""
+    return types.uint8(types.float32), lambda context, b, sig, args: _emit_e4m3(b, args[0])
+
+
+@intrinsic
+def direct32(typing, x, codes, index, scale):
+    """direct32(x, codes, index, scale): 32 codes e4m3(float32(x) / scale), from BF16, F16 or F32."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        bits = b.bitcast(args[0], I32)
-        magnitude = b.and_(bits, I32(0x7FFFFFFF))
-        # Normal result: rebias the exponent (127 -> 7) and round away 20 of 23 mantissa bits, ties to even.
-        odd = b.and_(b.lshr(magnitude, I32(20)), I32(1))
-        rounded = b.add(b.add(magnitude, I32(0x7FFFF)), odd)
-        normal = b.lshr(b.sub(rounded, I32(120 << 23)), I32(20))
-        normal = b.select(b.icmp_unsigned("<", normal, I32(0x7E)), normal, I32(0x7E))
-        # Subnormal result (below 2**-6): adding 2**14 makes the hardware round to multiples of 2**-9.
-        shifted = b.fadd(b.bitcast(magnitude, F32), ir.Constant(F32, 16384.0))
-        subnormal = b.sub(b.bitcast(shifted, I32), I32(0x46800000))
-        code = b.select(b.icmp_unsigned(">=", magnitude, I32(121 << 23)), normal, subnormal)
-        code = b.or_(code, b.and_(b.lshr(bits, I32(24)), I32(0x80)))
-        code = b.select(b.icmp_unsigned(">", magnitude, I32(0x7F800000)), I32(0x7F), code)
-        return b.trunc(code, I8)
+        fmt = sig.args[0].dtype
+        lanes = ir.VectorType(I32 if fmt == types.uint32 else I16, LANES)
+        bits = _load(b, _pointer(context, b, sig.args[0], args[0], args[2], lanes), lanes.element.width // 8)
+        quotient = b.fdiv(_emit_as_float(b, fmt, bits), _splat(b, args[3]))
+        at = _pointer(context, b, sig.args[1], args[1], args[2], ir.VectorType(I8, LANES))
+        b.store(_emit_e4m3(b, quotient), at).align = 1
+        return context.get_dummy_value()
 
-    return types.uint8(types.float32), codegen
+    return types.none(x, codes, types.intp, types.float32), codegen
 
 
 @intrinsic

@@ -12,10 +12,11 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import platform
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
@@ -151,15 +152,31 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def run_strips(work: Callable[[tuple[int, int]], T], strips: int, values: int, threads: int) -> list[T]:
     """Call `work((first, last))` on consecutive ranges that cover range(strips), on up to `threads` threads.
 
-    The pool lives for one call: starting threads costs about 0.1 ms, and a pool kept in the module would not
-    survive a fork.
+    The caller's thread works too, and waits for no thread that the system has not got round to starting: on a
+    busy machine that alone can take milliseconds. Results come in no particular order.
     """
     if threads == 1 or strips == 1 or values < _SINGLE_THREAD_BELOW:
         return [work((0, strips))]
     step = math.ceil(strips / (threads * _PARTS_PER_THREAD))
-    ranges = [(first, min(first + step, strips)) for first in range(0, strips, step)]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, ranges))
+    ranges = iter([(first, min(first + step, strips)) for first in range(0, strips, step)])
+
+    def take() -> list[T]:
+        return [work(part) for part in ranges]  # the shared iterator hands every range out once
+
+    pool = _pool(threads - 1, os.getpid())
+    others = [pool.submit(take) for _ in range(threads - 1)]
+    try:
+        results = take()
+    finally:
+        started = [other for other in others if not other.cancel()]
+        wait(started)
+    return results + [result for other in started for result in other.result()]
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Idle threads to help the caller's; they do not survive a fork, so every process has its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=f"blockscale-{process}")
 
 
 def row_pieces(shape: tuple[int, int, int], block_n: int) -> Iterator[tuple[int, slice, slice]]:

@@ -251,6 +251,7 @@ def test_input_at_an_odd_address(backend):
     buffer = torch.cat([torch.zeros(1, dtype=torch.uint8), x.view(-1).view(torch.uint8)])
     odd = torch.frombuffer(buffer.numpy(), dtype=torch.bfloat16, offset=1).view(40, 50)
     assert odd.data_ptr() % 2 == 1
+    assert dispatch.bits(odd, (1, 40, 50)).flags.aligned
     assert_quantized_equal(backend(ops.quantize_weight, odd), reference.quantize_weight(x))
 
 

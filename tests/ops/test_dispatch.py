@@ -1,8 +1,10 @@
 """Choice of the backend, what is said about it, and the checks at the public boundary."""
 
 import logging
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def test_nothing_is_said_where_the_reference_was_asked_for(without_numba, caplog
 
 
 def test_asking_for_numba_without_it_is_an_error(without_numba):
-    with pytest.raises(BlockscaleError, match="backend numba is not available .*cannot be imported"):
+    with pytest.raises(BlockscaleError, match=r"backend numba is not available .*cannot be imported"):
         ops.quantize_weight(data.gaussian((20, 30)), backend="numba")
 
 
@@ -89,6 +91,49 @@ def test_importing_the_ops_neither_imports_numba_nor_compiles():
     command = "import sys, blockscale.ops; print('numba' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("strips", "threads"), [(1, 4), (7, 2), (100, 3), (16, 16)])
+def test_every_strip_is_worked_on_once(strips, threads):
+    parts = dispatch.run_strips(lambda part: list(range(*part)), strips, 1 << 30, threads)
+    assert sorted(strip for part in parts for strip in part) == list(range(strips))
+
+
+def test_an_error_reaches_the_caller_when_all_threads_have_stopped():
+    both = threading.Barrier(2)
+    release = threading.Event()
+    finished = []
+
+    def work(part):
+        both.wait(timeout=30)
+        if threading.current_thread() is threading.main_thread():
+            threading.Timer(0.1, release.set).start()
+            raise RuntimeError("broken strip")
+        release.wait(timeout=30)
+        finished.append(part)
+
+    with pytest.raises(RuntimeError, match="broken strip"):
+        dispatch.run_strips(work, 2, 1 << 30, 2)
+    assert len(finished) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_helping_threads_of_its_own():
+    def on_two_threads():
+        both = threading.Barrier(2)
+        dispatch.run_strips(lambda part: both.wait(timeout=10), 2, 1 << 30, 2)
+
+    on_two_threads()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            on_two_threads()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 _X = torch.zeros((4, 4), dtype=torch.bfloat16)

@@ -100,7 +100,7 @@ def test_ties_round_to_the_even_code():
 def test_around_the_448_boundary():
     x = data.e4m3_boundary()
     codes, scale = reference.quantize_weight(x, (1, 1024))
-    # One ulp below 416, 432, 448; the points; one ulp above 416, 432. The tie at 432 goes to 448, whose code is even.
+    # One ulp below 416, 432, 448; the points; one ulp above 416, 432. The tie at 432 goes to the even code.
     expected = torch.tensor([416.0, 416, 448, 416, 448, 448, 416, 448])
     assert scale.item() == 1.0
     assert torch.equal(codes.to(torch.float32)[0], torch.cat([expected, -expected]))

@@ -1,0 +1,175 @@
+"""The few routes of the Hugging Face Hub that reading a model takes, served on loopback from memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+Files = dict[str, bytes]
+
+
+@dataclass
+class Hub:
+    """What is served, and what was asked for.
+
+    Attributes:
+        refs: (repository, revision) -> commit.
+        commits: commit -> its files.
+        refused: (route or file name) -> (status, X-Error-Code) to answer instead.
+        asked: (method, route, file name, bytes sent) of every answer.
+        after: called with the route after each answer.
+    """
+
+    url: str = ""
+    refs: dict[tuple[str, str], str] = field(default_factory=dict)
+    commits: dict[str, Files] = field(default_factory=dict)
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    asked: list[tuple[str, str, str, int]] = field(default_factory=list)
+    after: Callable[[str], None] = lambda route: None
+
+    def push(self, repo: str, files: Files, revision: str = "main") -> str:
+        """Make a commit and point a branch at it; returns the commit."""
+        listing = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        commit = hashlib.sha1(json.dumps([repo, listing]).encode()).hexdigest()
+        self.commits[commit] = dict(files)
+        self.refs[repo, revision] = self.refs[repo, commit] = commit
+        return commit
+
+    def sent(self, route: str) -> dict[str, int]:
+        """File name -> bytes sent by a route."""
+        total: dict[str, int] = {}
+        for _, asked, name, nbytes in self.asked:
+            if asked == route:
+                total[name] = total.get(name, 0) + nbytes
+        return total
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    """A running Hub; it is gone after the block."""
+    hub = Hub()
+
+    class Handler(_Handler):
+        served = hub
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    served: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._answer(body=True)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _answer(self, body: bool) -> None:
+        parsed = _parse(urlsplit(self.path).path)
+        if parsed is None:
+            self._refuse(404, "", (self.path, ""))
+            return
+        route, repo, revision, name = parsed
+        for key in (name, route):
+            if key in self.served.refused:
+                self._refuse(*self.served.refused[key], (route, name))
+                return
+        if not any(known == repo for known, _ in self.served.refs):
+            self._refuse(404, "RepoNotFound", (route, name))
+            return
+        commit = self.served.refs.get((repo, revision))
+        if commit is None:
+            self._refuse(404, "RevisionNotFound", (route, name))
+            return
+        files = self.served.commits[commit]
+        if route == "resolve":
+            if name not in files:
+                self._refuse(404, "EntryNotFound", (route, name))
+                return
+            self._send_file(files[name], commit, name, body)
+            return
+        found = {"info": lambda: _info(repo, commit), "tree": lambda: _tree(files, name)}[route]()
+        self._send(200, json.dumps(found).encode(), {}, body, (route, name))
+
+    def _send_file(self, content: bytes, commit: str, name: str, body: bool) -> None:
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        headers["Accept-Ranges"] = "bytes"
+        status, asked = 200, self.headers.get("Range")
+        if asked:
+            first, last = asked.removeprefix("bytes=").split("-")
+            start, end = int(first), min(int(last or len(content) - 1), len(content) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+            status, content = 206, content[start : end + 1]
+        self._send(status, content, headers, body, ("range" if asked else "resolve", name))
+
+    def _refuse(self, status: int, code: str, what: tuple[str, str]) -> None:
+        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"}, True, what)
+
+    def _send(
+        self, status: int, content: bytes, headers: dict[str, str], body: bool, what: tuple[str, str]
+    ) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(key, value)
+        # Recorded first: the client may look as soon as it has the last byte.
+        self.served.asked.append((self.command, *what, len(content) if body else 0))
+        self.served.after(what[0])
+        self.end_headers()
+        if body and self.command != "HEAD":
+            self.wfile.write(content)
+
+
+def _parse(path: str) -> tuple[str, str, str, str] | None:
+    """(route, repository, revision, file or folder) of a request, or None for another route."""
+    parts = path.strip("/").split("/")
+    if parts[:2] == ["api", "models"]:
+        repo, rest = "/".join(parts[2:4]), parts[4:]
+        if not rest:
+            return "info", repo, "main", ""
+        route = {"revision": "info", "tree": "tree"}.get(rest[0])
+        return (route, repo, unquote(rest[1]), unquote("/".join(rest[2:]))) if route else None
+    if parts[2:3] == ["resolve"]:
+        return "resolve", "/".join(parts[:2]), unquote(parts[3]), unquote("/".join(parts[4:]))
+    return None
+
+
+def _info(repo: str, commit: str) -> dict[str, object]:
+    return {"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "siblings": []}
+
+
+def _tree(files: Files, folder: str) -> list[dict[str, object]]:
+    """The files below a folder and the folders on the way, as the recursive listing has them."""
+    prefix = f"{folder}/" if folder else ""
+    below = {name: content for name, content in files.items() if name.startswith(prefix)}
+    folders = {name[:at] for name in below for at in range(len(prefix), len(name)) if name[at] == "/"}
+    entries: list[dict[str, object]] = [
+        {"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)
+    ]
+    for name, content in sorted(below.items()):
+        oid = hashlib.sha1(content).hexdigest()
+        entries.append({"type": "file", "path": name, "oid": oid, "size": len(content)})
+    return entries
