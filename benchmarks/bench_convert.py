@@ -1,4 +1,4 @@
-"""Time whole-checkpoint quantization: wall time and peak memory against `cp` + `sync`, and against llm-compressor.
+"""Whole-checkpoint quantization: wall time and peak memory against `cp` + `sync` and llm-compressor.
 
     python benchmarks/bench_convert.py --gb 1 4 20 [--peer-python /path/to/venv/bin/python] [--repeats 1]
 
@@ -136,7 +136,8 @@ def _sample(pid: int, peaks: dict[str, int], stop: threading.Event) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--gb", type=float, nargs="+", default=[1, 4, 20])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--peer-python", help="interpreter of an environment with llm-compressor")
@@ -144,7 +145,7 @@ def main() -> None:
     arguments = parser.parse_args()
     workers = len(os.sched_getaffinity(0))
     table = Table(title=f"quantize a BF16 checkpoint to 128x128 block FP8, {workers} cores")
-    for heading in ("GB", "competitor", "seconds", "GB/s in", "ratio to cp + sync", "peak resident", "anonymous"):
+    for heading in ("GB", "competitor", "seconds", "GB/s in", "of cp + sync", "resident", "anonymous"):
         table.add_column(heading, justify="left" if heading == "competitor" else "right")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for place, gigabytes in enumerate(arguments.gb):
@@ -152,7 +153,9 @@ def main() -> None:
             total = make_checkpoint(source, gigabytes)
             if place == 0:
                 blockscale.quantize_checkpoint(source, target)
-                assert blockscale.verify_checkpoint(target, source).ok, "the result is wrong: nothing is timed"
+                assert blockscale.verify_checkpoint(target, source).ok, (
+                    "the result is wrong: nothing is timed"
+                )
                 shutil.rmtree(target)
             outcomes = _compete(source, target, workers, arguments)
             _report(gigabytes, total, outcomes, table)
@@ -160,7 +163,9 @@ def main() -> None:
     Console().print(table)
 
 
-def _compete(source: Path, target: Path, workers: int, arguments: argparse.Namespace) -> dict[str, list[Outcome]]:
+def _compete(
+    source: Path, target: Path, workers: int, arguments: argparse.Namespace
+) -> dict[str, list[Outcome]]:
     commands = {
         "cp + sync": ["cp", "-r", str(source), str(target)],
         "blockscale": [sys.executable, "-m", "blockscale.cli.main", "quantize", str(source), str(target)],
@@ -196,7 +201,8 @@ def _report(gigabytes: float, total: int, outcomes: dict[str, list[Outcome]], ta
         }
         append_result(RESULTS, {**record, **environment()})
         figures = f"{seconds:.1f}", f"{total / seconds / 1e9:.2f}", f"{ratio:.2f}"
-        table.add_row(f"{gigabytes:g}", name, *figures, f"{resident / 1e9:.2f} GB", f"{anonymous / 1e9:.2f} GB")
+        memory = f"{resident / 1e9:.2f} GB", f"{anonymous / 1e9:.2f} GB"
+        table.add_row(f"{gigabytes:g}", name, *figures, *memory)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,9 @@ def write(
                 for place, name in enumerate(model.tensors)
             }
         for shard in sorted(set(shards.values())):
-            save_file({n: t for n, t in model.tensors.items() if shards[n] == shard}, folder / shard, metadata)
+            save_file(
+                {n: t for n, t in model.tensors.items() if shards[n] == shard}, folder / shard, metadata
+            )
         total = sum(tensor.nbytes for tensor in model.tensors.values())
         index = {"metadata": {"total_size": total, **(index_metadata or {})}, "weight_map": dict(shards)}
         (folder / INDEX).write_text(json.dumps(index))
@@ -304,7 +306,10 @@ def refusal(
     after = snapshot(source), contents(destination) if destination else {}
     if keeps_shards:
         assert any(name.startswith(".blockscale/staging/") for name in after[1])
-        after = after[0], {name: data for name, data in after[1].items() if not name.startswith(".blockscale/")}
+        after = (
+            after[0],
+            {name: data for name, data in after[1].items() if not name.startswith(".blockscale/")},
+        )
     else:
         assert (destination is not None and destination.exists()) == existed
     assert after == before

@@ -159,8 +159,9 @@ def run_plan(
         resumed, complete = len(workspace.done), workspace.complete
         if workspace.committing is None and not complete:
             _convert(plan, workspace, run, job)
+            files = _stage_rest(plan, source, workspace)
             _check_unchanged(plan, source)
-            commit(workspace, _stage_rest(plan, source, workspace))
+            commit(workspace, files)
         elif not complete:
             commit(workspace, workspace.committing or [])
     return ConversionReport(

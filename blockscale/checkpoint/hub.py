@@ -74,4 +74,6 @@ def _refusal(path: HubPath, error: Exception) -> BlockscaleError:
         what, remedy = f"the repository has no revision {path.revision}", "check its branches and tags"
     elif isinstance(error, hub.OfflineModeIsEnabled):
         what, remedy = "no such folder, and the Hub is switched off", "unset HF_HUB_OFFLINE"
+    elif isinstance(error, hub.HfHubHTTPError) and error.response.status_code in (401, 403):
+        what, remedy = "the Hub refuses access", "check the access token: hf auth login"
     return BlockscaleError(what, where=path.spec, remedy=remedy)

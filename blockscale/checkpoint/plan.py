@@ -185,6 +185,27 @@ def parse_config(raw: bytes, where: str) -> dict[str, Any]:
     return config
 
 
+def quantization_of(config: dict[str, Any]) -> Quantization | None:
+    """What a parsed config.json says of its quantization; None if the model is not quantized.
+
+    Raises:
+        BlockscaleError: not block FP8, or an entry of a wrong JSON type.
+    """
+    try:
+        found = parse_quantization_config(config)
+    except (AttributeError, TypeError) as error:
+        raise CorruptCheckpointError(
+            "an entry has a wrong type", where="config.json quantization_config", got=error
+        ) from error
+    if found is not None and not all(isinstance(entry, str) for entry in found.skip):
+        raise CorruptCheckpointError(
+            "skip list is not a list of module paths",
+            where="config.json quantization_config",
+            got=list(found.skip),
+        )
+    return found
+
+
 def plan_quantize(
     source: Source,
     recipe: Recipe,
@@ -228,7 +249,7 @@ def plan_dequantize(
         raise BlockscaleError("unknown dtype", expected=" | ".join(HIGH_PRECISION), got=repr(dtype))
     index = read_index(source)
     config = read_config(source)
-    quantization = parse_quantization_config(config)
+    quantization = quantization_of(config)
     decisions = decide_dequantize(signatures(index), config, quantization, on_missing_scale=on_missing_scale)
     assert quantization is not None
     block, family = quantization.fmt.block_size, family_of(config)

@@ -5,21 +5,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from blockscale.checkpoint.families import family_of, stored_block_size
 from blockscale.checkpoint.index import CheckpointIndex
 from blockscale.checkpoint.names import keep_reason, role_of, sharing_groups
-from blockscale.checkpoint.plan import signatures
-from blockscale.checkpoint.recipe import FP8, SCALE_DTYPES, Signature, scale_of
+from blockscale.checkpoint.plan import quantization_of, signatures
+from blockscale.checkpoint.recipe import FP8, SCALE_DTYPES, Signature, scale_of, skip_entry
 from blockscale.errors import BlockscaleError
 from blockscale.formats import (
-    HIGH_PRECISION,
     Quantization,
     module_path,
-    parse_quantization_config,
     scale_name,
     scale_shape,
     scaled_weight_name,
@@ -47,7 +47,7 @@ def structural_problems(
     tensors = signatures(index)
     fp8 = [name for name, (dtype, _) in tensors.items() if dtype == FP8]
     try:
-        quantization = parse_quantization_config(config)
+        quantization = quantization_of(config)
     except BlockscaleError as error:
         return None, [Problem("error", "config.json", str(error))]
     problems = _index_problems(index)
@@ -60,13 +60,14 @@ def structural_problems(
         problems.append(Problem("error", "config.json", "stale quantization_config: there is no FP8 tensor"))
         return quantization, problems
     problems += _scale_problems(tensors, fp8, quantization, config)
-    problems += _precision_problems(tensors, quantization, config)
+    problems += _precision_problems(tensors)
+    problems += _skip_list_problems(tensors, quantization, config)
     return quantization, problems
 
 
 def _index_problems(index: CheckpointIndex) -> list[Problem]:
     declared = (index.index_metadata or {}).get("total_size")
-    if declared is None or int(declared) == index.total_size:
+    if declared in (None, index.total_size, str(index.total_size)):
         return []
     text = f"total_size of the index is wrong: expected {index.total_size}, got {declared}"
     return [Problem("error", "model.safetensors.index.json", text)]
@@ -102,20 +103,12 @@ def _scale_problems(
     return problems
 
 
-def _precision_problems(
-    tensors: Mapping[str, Signature], quantization: Quantization, config: dict[str, Any]
-) -> list[Problem]:
-    problems, family, skip = [], family_of(config), set(quantization.skip)
-    for name, (dtype, shape) in tensors.items():
-        role, module = role_of(name), module_path(name)
+def _precision_problems(tensors: Mapping[str, Signature]) -> list[Problem]:
+    problems = []
+    for name, (dtype, _) in tensors.items():
+        role = role_of(name)
         if dtype == FP8 and role in _NEVER_FP8:
             problems.append(Problem("error", name, f"{role} is FP8; engines keep it in high precision"))
-        if dtype == FP8 and module in skip:
-            problems.append(Problem("error", name, "is FP8 but on the skip list"))
-        linear = keep_reason(name, shape, dtype, family) is None
-        if linear and dtype in HIGH_PRECISION and not skip & {module, name.rpartition(".")[0]}:
-            text = f"is {dtype} but not on the skip list: engines will look for its scale"
-            problems.append(Problem("error", name, text))
     for group in sharing_groups(tensors):
         kinds = {name: tensors[name][0] == FP8 for name in group}
         if len(set(kinds.values())) == 2:
@@ -123,8 +116,41 @@ def _precision_problems(
             other = next(name for name, is_fp8 in kinds.items() if is_fp8)
             text = f"is {tensors[one][0]} but {other} is FP8; engines fuse the two"
             problems.append(Problem("error", one, text))
+    return problems
+
+
+def _skip_list_problems(
+    tensors: Mapping[str, Signature], quantization: Quantization, config: dict[str, Any]
+) -> list[Problem]:
+    problems, family, skip = [], family_of(config), set(quantization.skip)
+    patterns = _patterns(skip)
+    unlisted = []
+    for name, (dtype, shape) in tensors.items():
+        if dtype == FP8 and module_path(name) in skip:
+            problems.append(Problem("error", name, "is FP8 but on the skip list"))
+        entry = None if scaled_weight_name(name) in tensors else skip_entry(name, (dtype, shape))
+        if entry is None or entry in skip or any(pattern.match(entry) for pattern in patterns):
+            continue
+        if keep_reason(name, shape, dtype, family) is None:
+            text = f"is {dtype} but not on the skip list: engines will look for its scale"
+            problems.append(Problem("error", name, text))
+        else:
+            unlisted.append(entry)
+    if unlisted:
+        text = f"{len(unlisted)} unquantized modules are not on the skip list, such as {unlisted[0]}: "
+        text += "engines that go by the list alone will look for their scales"
+        problems.append(Problem("warning", "config.json", text))
     modules = {module_path(name) for name in tensors} | {name.rpartition(".")[0] for name in tensors}
     for entry in sorted(skip - modules - {"lm_head"}):
         if not entry.startswith("re:"):
             problems.append(Problem("warning", "config.json", f"skip list entry {entry!r} names no module"))
     return problems
+
+
+def _patterns(skip: set[str]) -> list[re.Pattern[str]]:
+    """The regular expressions of a compressed-tensors `ignore` list; one that is none matches nothing."""
+    patterns = []
+    for entry in skip:
+        with suppress(re.error):
+            patterns += [re.compile(entry.removeprefix("re:"))] if entry.startswith("re:") else []
+    return patterns

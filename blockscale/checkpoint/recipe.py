@@ -1,17 +1,20 @@
 """Decide, tensor by tensor and before any byte is written, what a conversion does with a checkpoint.
 
-Quantizing: a linear weight becomes E4M3 codes and scales unless its family keeps it (embeddings, head,
-    router, norms, vision), a pattern excludes it, or a weight that must share its precision (q/k/v, gate/up)
-    is kept. Dequantizing: FP8 is recognized by dtype, its scale is found by name in any shard, everything
-    else is copied.
+Quantizing: a linear weight becomes E4M3 codes and scales unless its family keeps it (embeddings, head, router,
+norms, vision), a pattern excludes it, or a weight that shares its precision (q/k/v, gate/up) is kept.
+Dequantizing: FP8 is recognized by dtype, its scale is found by name in any shard; the rest is copied.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import os
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
 
 from blockscale.checkpoint.families import family_of, stored_block_size
 from blockscale.checkpoint.names import keep_reason, role_of, sharing_groups
@@ -51,8 +54,10 @@ class Recipe:
         exclude: tensors that match one of these patterns keep their precision.
     """
 
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
     scale_fmt: ScaleFmt = "float32"
-    block_size: tuple[int, int] = (128, 128)
+    block_size: Annotated[tuple[int, int], pydantic.BeforeValidator(parse_block_size)] = (128, 128)
     layout: Layout = "deepseek"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -68,6 +73,27 @@ class Recipe:
     @property
     def fmt(self) -> BlockFP8:
         return BlockFP8(self.block_size, self.scale_fmt)
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe from a JSON file with some of the fields of `Recipe`.
+
+    Raises:
+        BlockscaleError: the file cannot be read, is not JSON, or a field is unknown or wrong.
+    """
+    try:
+        return pydantic.TypeAdapter(Recipe).validate_json(Path(path).read_bytes())
+    except OSError as error:
+        raise BlockscaleError(f"cannot be read: {error.strerror}", where=path) from error
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field_name = ".".join(map(str, first["loc"])) or "the file"
+        names = ", ".join(entry.name for entry in fields(Recipe))
+        raise BlockscaleError(
+            f"bad recipe: {field_name}: {first['msg']}",
+            where=path,
+            expected=f"a JSON object with some of {names}",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -268,17 +294,23 @@ def _refuse_fused_in_compressed_tensors(
 
 
 def _skip_list(decisions: dict[str, Decision], tensors: Mapping[str, Signature]) -> tuple[str, ...]:
-    skip = set()
-    for name, decision in decisions.items():
-        dtype, shape = tensors[name]
-        linear = name.endswith(".weight") and len(shape) == 2 and role_of(name) not in ("embedding", "norm")
-        fused = len(shape) == 3 and not name.endswith((".weight", "bias"))
-        if decision.action == "copy" and dtype in HIGH_PRECISION and (linear or fused):
-            skip.add(module_path(name) if linear else name.rpartition(".")[0])
+    kept = (name for name, decision in decisions.items() if decision.action == "copy")
+    skip = {entry for name in kept if (entry := skip_entry(name, tensors[name])) is not None}
     if "lm_head.weight" not in tensors:
         # Tied to the embedding: the module exists in every engine though the file has no tensor for it.
         skip.add("lm_head")
     return tuple(sorted(skip))
+
+
+def skip_entry(name: str, signature: Signature) -> str | None:
+    """Full module path by which a skip list names an unquantized linear weight or fused experts; else None."""
+    dtype, shape = signature
+    if dtype not in HIGH_PRECISION:
+        return None
+    if len(shape) == 3 and not name.endswith((".weight", "bias")):
+        return name.rpartition(".")[0]
+    linear = name.endswith(".weight") and len(shape) == 2 and role_of(name) not in ("embedding", "norm")
+    return module_path(name) if linear else None
 
 
 def scale_of(weight: str, tensors: Container[str]) -> str | None:

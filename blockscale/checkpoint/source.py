@@ -35,11 +35,13 @@ class Source:
         spec: what the user wrote, for messages.
         fs: the fsspec filesystem.
         root: path of the folder on `fs`; for a Hub repository it carries the pinned commit.
+        pinned: the root names a commit, so what it holds never changes.
     """
 
     spec: str
     fs: Any
     root: str
+    pinned: bool = False
 
     @property
     def is_local(self) -> bool:
@@ -112,8 +114,9 @@ class Source:
         return [info["size"], next((str(info[key]) for key in _STAMPS if info.get(key)), "")]
 
     def refresh(self) -> None:
-        """Forget cached listings: what is asked next is what there is now (a pinned commit never changes)."""
-        self.fs.invalidate_cache()
+        """Forget cached listings: what is asked next is what there is now."""
+        if not self.pinned:
+            self.fs.invalidate_cache()
 
     @contextmanager
     def local_file(self, name: str, staging: Path) -> Iterator[Path]:
@@ -150,7 +153,7 @@ def open_source(spec: str | os.PathLike[str], revision: str | None = None) -> So
     hub = None if local else hub_path(text, revision)
     if hub is not None:
         fs, root = pin_to_commit(hub)
-        return _opened(text, fs, root) if hub.folder else Source(text, fs, root)
+        return _opened(text, fs, root, pinned=True) if hub.folder else Source(text, fs, root, pinned=True)
     if revision is not None:
         raise BlockscaleError("only a Hub repository has revisions", where=text, got=f"revision {revision}")
     if not local and "://" not in text:
@@ -207,13 +210,13 @@ def reason(error: BaseException) -> str:
     return line if isinstance(error, (OSError, ImportError, ValueError)) else f"{type(error).__name__}: {line}"
 
 
-def _opened(text: str, fs: Any, root: str) -> Source:
+def _opened(text: str, fs: Any, root: str, pinned: bool = False) -> Source:
     with told("cannot be opened", text):
         if not fs.isdir(root):
             # `isdir` takes every failure for a no; `info` says what is wrong.
             fs.info(root)
             raise BlockscaleError("is a file", where=text, expected="a checkpoint folder")
-    return Source(text, fs, root)
+    return Source(text, fs, root, pinned)
 
 
 def _walk_local(root: str) -> Iterator[tuple[str, int]]:

@@ -5,9 +5,10 @@ manifest, scales (positive, finite, powers of two under ue8m0), codes (no NaN), 
 tensors that were copied are equal, FP8 weights are the source's values rounded to the nearest code. Rounding
 x to E4M3 codes of scale s is off by at most half a step,
 
-    |dequantized - x| <= max(|x| * 2**-4, s * 2**-10)
+    |dequantized - x| <= s * max(2**(floor(log2(|x| / s)) - 4), 2**-10)
 
-(three mantissa bits; subnormal steps of 2**-9), up to float32 rounding of the division and the product.
+(three mantissa bits; subnormal steps of 2**-9), up to float32 rounding of the division and the product. A code
+that is one too high or low is beyond it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from blockscale.checkpoint.engine import default_workers
 from blockscale.checkpoint.families import family_of, stored_block_size
 from blockscale.checkpoint.index import CheckpointIndex, TensorEntry, parse_object, read_index
 from blockscale.checkpoint.inspect import scale_names, scale_value_problems
-from blockscale.checkpoint.plan import MANIFEST_NAME, read_config
+from blockscale.checkpoint.plan import MANIFEST_NAME, quantization_of, read_config
 from blockscale.checkpoint.problems import Problem, structural_problems
 from blockscale.checkpoint.progress import Progress, Silent
 from blockscale.checkpoint.recipe import FP8, scale_of
@@ -45,10 +46,11 @@ from blockscale.checkpoint.tasks import (
     tensor_bytes,
 )
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
-from blockscale.formats import HIGH_PRECISION, parse_quantization_config, scaled_weight_name
+from blockscale.formats import HIGH_PRECISION, scaled_weight_name
 
-# Two float32 roundings (division, product) on top of the half step.
-_ROUNDING_SLACK = 1 + 2.0**-20
+# Two float32 roundings (division, product), each up to 2**-19 of the half step, on top of it.
+_ROUNDING_SLACK = 1 + 2.0**-17
+_EXPONENT_BITS = 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class _Side:
         return read_scale(self.index.tensors[name], self.source)
 
     def stored_block(self, entry: TensorEntry) -> tuple[int, int]:
-        assert self.block_size is not None
+        if self.block_size is None:
+            raise BlockscaleError("cannot be compared", where=entry.name, expected="block FP8 in config.json")
         return stored_block_size(self.block_size, entry.shape, family_of(self.config))
 
 
@@ -181,7 +184,7 @@ def _open_side(spec: str | os.PathLike[str]) -> _Side:
     source = open_source(spec)
     config = read_config(source)
     try:
-        quantization = parse_quantization_config(config)
+        quantization = quantization_of(config)
     except BlockscaleError:
         quantization = None
     return _Side(source, read_index(source), config, quantization.fmt.block_size if quantization else None)
@@ -266,11 +269,10 @@ def _check_tensor(
     if nan:
         problems.append(Problem("error", entry.name, f"{nan} NaN codes"))
     twin = other.index.tensors.get(entry.name) if other is not None else None
-    if (
-        twin is not None
-        and other is not None
-        and not broken & {entry.name, scale_of(entry.name, side.index.tensors)}
-    ):
+    # What is known to be wrong already would only be told again, in other words.
+    known = nan or broken & {entry.name, scale_of(entry.name, side.index.tensors)}
+    known = known or (entry.dtype == FP8 and side.block_size is None)
+    if twin is not None and other is not None and not known:
         try:
             twin_reader = readers[other.source.spec, twin.file]
             message, deviation = _compare(entry, reader, side, twin, twin_reader, other)
@@ -312,13 +314,15 @@ def _compare(
 
 def _compare_quantized(
     entry: TensorEntry, reader: Reader, side: _Side, twin: TensorEntry, twin_reader: Reader
-) -> tuple[str | None, TensorError]:
+) -> tuple[str | None, TensorError | None]:
     scale, block = side.scale(entry), side.stored_block(entry)
     grid = per_expert(scale)
     squared_error = squared = worst = 0.0
     beyond: tuple[int, list[int]] | None = None
     for expert, row, strip in strips(twin, twin_reader, block[0]):
         rows, columns = strip.shape
+        if not strip.numel():
+            continue
         start = entry.start + (expert * entry.shape[-2] + row) * columns
         codes = read_codes(reader, start, rows, columns)
         part = grid[expert, row // block[0] : math.ceil((row + rows) / block[0])]
@@ -326,8 +330,9 @@ def _compare_quantized(
         error = ops.dequantize_weight(codes, part, block, torch.float32, threads=1).sub_(exact).abs_()
         squared_error += float(error.square().sum(dtype=torch.float64))
         squared += float(exact.square().sum(dtype=torch.float64))
-        steps = part.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-        over = error / torch.maximum(exact.abs_() * 2.0**-4, steps * 2.0**-10)
+        scales = part.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        binade = (exact.abs_() / scales).view(torch.int32).bitwise_and_(_EXPONENT_BITS).view(torch.float32)
+        over = error / binade.mul_(2.0**-4).clamp_min_(2.0**-10).mul_(scales)
         highest, at = float(over.max()), int(over.argmax())
         if not highest <= worst:
             worst = highest
@@ -338,7 +343,7 @@ def _compare_quantized(
         assert beyond is not None
         place = beyond[1] if len(entry.shape) == 2 else [beyond[0], *beyond[1]]
         message = f"is not the source rounded to its codes: error at {place} is {worst:.4g} times half a step"
-    return message, TensorError(entry.name, relative, worst)
+    return message, TensorError(entry.name, relative, worst) if math.isfinite(relative + worst) else None
 
 
 def _compare_dequantized(

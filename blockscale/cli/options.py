@@ -18,7 +18,11 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 Cluster = Annotated[str | None, typer.Option(help="Spread shards over a Ray cluster: auto, or its address.")]
 Include = Annotated[list[str] | None, typer.Option(help="Quantize only tensors that match (repeatable).")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Leave tensors that match alone (repeatable).")]
-BlockSize = Annotated[str, typer.Option(help="Rows x columns that share a scale.")]
+BlockSize = Annotated[str | None, typer.Option(help="Rows x columns that share a scale; 128x128 by default.")]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option("--recipe", help="JSON file with scale_fmt, block_size, layout, include, exclude."),
+]
 
 
 class ScaleFmtChoice(str, Enum):
@@ -58,8 +62,12 @@ class DtypeChoice(str, Enum):
     float32 = "float32"
 
 
-ScaleFmt = Annotated[ScaleFmtChoice, typer.Option(help="float32, or ue8m0 for powers of two.")]
-Layout = Annotated[LayoutChoice, typer.Option(help="On-disk names and quantization_config.")]
+ScaleFmt = Annotated[
+    ScaleFmtChoice | None, typer.Option(help="float32 (default), or ue8m0 for powers of two.")
+]
+Layout = Annotated[
+    LayoutChoice | None, typer.Option(help="On-disk names and quantization_config; deepseek by default.")
+]
 Device = Annotated[
     DeviceChoice, typer.Option(help="Where the arithmetic runs; auto takes a GPU that is there.")
 ]

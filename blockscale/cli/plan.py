@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from blockscale.cli import console, options
+from blockscale.cli.recipe import build_recipe
 
 if TYPE_CHECKING:
     from blockscale.checkpoint.sizing import SizePlan
@@ -18,9 +19,10 @@ _ASSUMED_RATE = 0.4
 
 def command(
     src: Annotated[str, typer.Argument(help="Checkpoint folder, Hub repo id, fsspec URL, or a config.json.")],
-    block_size: options.BlockSize = "128x128",
+    block_size: options.BlockSize = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    recipe_file: options.RecipeFile = None,
     tp: Annotated[int, typer.Option(min=1, help="GPUs of the tensor-parallel group.")] = 1,
     ep: Annotated[
         int | None, typer.Option(min=1, help="GPUs the experts are spread over; as --tp by default.")
@@ -32,13 +34,9 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Plan sizes, memory per GPU and time, from headers or from a config.json alone."""
-    from blockscale.checkpoint.recipe import Recipe
     from blockscale.checkpoint.sizing import Parallelism, plan_checkpoint
-    from blockscale.formats import parse_block_size
 
-    recipe = Recipe(
-        block_size=parse_block_size(block_size), include=tuple(include or ()), exclude=tuple(exclude or ())
-    )
+    recipe = build_recipe(recipe_file, None, block_size, None, include, exclude)
     plan = plan_checkpoint(src, recipe, parallelism=Parallelism(tp, ep), rate=rate * 1e9, revision=revision)
     print_plan(plan, as_json=json)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from blockscale.cli import console, options
 from blockscale.cli.conversion import print_report
 from blockscale.cli.plan import print_plan
+from blockscale.cli.recipe import build_recipe
 
 
 def command(
     src: options.Src,
     dst: options.Dst,
-    scale_fmt: options.ScaleFmt = options.ScaleFmtChoice.float32,
-    block_size: options.BlockSize = "128x128",
-    layout: options.Layout = options.LayoutChoice.deepseek,
+    scale_fmt: options.ScaleFmt = None,
+    block_size: options.BlockSize = None,
+    layout: options.Layout = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    recipe_file: options.RecipeFile = None,
     on_nonfinite: options.OnNonfinite = options.KeepChoice.error,
     workers: options.Workers = None,
     device: options.Device = options.DeviceChoice.auto,
@@ -30,17 +32,9 @@ def command(
     before it is complete.
     """
     from blockscale.checkpoint.convert import RunOptions, quantize_checkpoint
-    from blockscale.checkpoint.recipe import Recipe
     from blockscale.checkpoint.sizing import plan_checkpoint
-    from blockscale.formats import parse_block_size
 
-    recipe = Recipe(
-        scale_fmt.value,
-        parse_block_size(block_size),
-        layout.value,
-        tuple(include or ()),
-        tuple(exclude or ()),
-    )
+    recipe = build_recipe(recipe_file, scale_fmt, block_size, layout, include, exclude)
     if dry_run:
         print_plan(plan_checkpoint(src, recipe, revision=revision), as_json=json)
         return

@@ -177,8 +177,9 @@ def _block_amax(x: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
 
 def _spread(scale: torch.Tensor, block_size: tuple[int, int], shape: torch.Size) -> torch.Tensor:
     """Every block's scale repeated over the block: (..., ceil(N/bn), ceil(K/bk)) -> (..., N, K)."""
-    rows = scale.repeat_interleave(block_size[0], dim=-2)[..., : shape[-2], :]
-    return rows.repeat_interleave(block_size[1], dim=-1)[..., : shape[-1]]
+    (*experts, grid_n, grid_k), (block_n, block_k) = scale.shape, block_size
+    blocks = scale[..., :, None, :, None].expand(*experts, grid_n, block_n, grid_k, block_k)
+    return blocks.reshape(*experts, grid_n * block_n, grid_k * block_k)[..., : shape[-2], : shape[-1]]
 
 
 def _divide(x: torch.Tensor, divisor: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Lets the tests here import `data`, the makers of small checkpoints."""
+"""Lets the tests here import the helper modules beside this folder (`data`, `gate`, `stores`, `fake_hub`)."""
 
 import sys
 from pathlib import Path

@@ -102,7 +102,10 @@ def in_a_child(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    for dtype in (torch.bfloat16, torch.float32):  # compile or load the kernels once, without starting threads
+    for dtype in (
+        torch.bfloat16,
+        torch.float32,
+    ):  # compile or load the kernels once, without starting threads
         codes, scale = ops.quantize_weight(torch.ones(256, 256, dtype=dtype), threads=1)
         ops.find_nonfinite(ops.dequantize_weight(codes, scale, dtype=dtype, threads=1), threads=1)
     ops.find_nonfinite(codes, threads=1)

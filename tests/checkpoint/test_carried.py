@@ -4,12 +4,19 @@ import hashlib
 import json
 import os
 
-import data
 import pytest
 
 from blockscale import dequantize_checkpoint, quantize_checkpoint, verify_checkpoint
+from tests import data
 
-OTHER_WEIGHTS = ("pytorch_model.bin", "consolidated.00.pth", "x.gguf", "tf_model.h5", "flax_model.msgpack", "m.onnx")
+OTHER_WEIGHTS = (
+    "pytorch_model.bin",
+    "consolidated.00.pth",
+    "x.gguf",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "m.onnx",
+)
 
 
 @pytest.fixture
@@ -69,7 +76,9 @@ def test_a_pipe_in_the_folder_is_no_file(source, tmp_path):
 
 
 def test_the_config_keeps_its_keys_in_order_and_gains_the_quantization(tmp_path):
-    model = data.llama().changed({}, zeta=[1, {"b": None, "a": 1e-6}], alpha="é\U0001f600", auto_map={"A": "m.A"})
+    model = data.llama().changed(
+        {}, zeta=[1, {"b": None, "a": 1e-6}], alpha="é\U0001f600", auto_map={"A": "m.A"}
+    )
     source = data.write(tmp_path / "source", model)
     quantize_checkpoint(source, tmp_path / "out")
     result = data.read_config(tmp_path / "out")

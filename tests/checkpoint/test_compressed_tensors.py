@@ -1,16 +1,23 @@
 """The compressed-tensors layout: that package accepts the config, picks the same modules and decompresses the same."""
 
-import data
 import pytest
 import torch
 
-from blockscale import Recipe, dequantize_checkpoint, inspect_checkpoint, quantize_checkpoint, reference, verify_checkpoint
+from blockscale import (
+    Recipe,
+    dequantize_checkpoint,
+    inspect_checkpoint,
+    quantize_checkpoint,
+    reference,
+    verify_checkpoint,
+)
 from blockscale.testing.asserts import assert_bitwise_equal
+from tests import data
 
 pytest.importorskip("compressed_tensors")
 
-from compressed_tensors.compressors import BaseCompressor  # noqa: E402
-from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config  # noqa: E402
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
 FP8 = torch.float8_e4m3fn
 RECIPE = Recipe(layout="compressed-tensors")
@@ -97,7 +104,9 @@ def test_and_back(tmp_path, model):
 
 def test_fused_experts_are_refused(tmp_path):
     source = data.write(tmp_path / "source", data.fused_experts("qwen3_moe", "nk"))
-    line = data.refusal(lambda: quantize_checkpoint(source, tmp_path / "out", RECIPE), source, tmp_path / "out")
+    line = data.refusal(
+        lambda: quantize_checkpoint(source, tmp_path / "out", RECIPE), source, tmp_path / "out"
+    )
     assert line.endswith(
         "the compressed-tensors layout has no place for fused 3-D experts; "
         "use --layout deepseek, or --exclude '*.experts.*'"

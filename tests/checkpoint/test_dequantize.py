@@ -2,13 +2,13 @@
 
 import dataclasses
 
-import data
 import pytest
 import torch
 
 from blockscale import RunOptions, dequantize_checkpoint, quantize_checkpoint, reference
 from blockscale.checkpoint import tasks
 from blockscale.testing.asserts import assert_bitwise_equal
+from tests import data
 
 BF16, F16, F32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 NAMES = {"BF16": BF16, "F16": F16, "F32": F32}
@@ -63,7 +63,8 @@ def test_scales_of_other_dtypes(tmp_path, dtype):
 def test_scales_lie_in_other_shards_than_their_weights_and_a_shard_of_scales_alone_is_left_out(tmp_path):
     quantized = data.in_fp8(data.llama())
     shards = {
-        name: f"{'scales' if name.endswith('_scale_inv') else 'weights'}.safetensors" for name in quantized.tensors
+        name: f"{'scales' if name.endswith('_scale_inv') else 'weights'}.safetensors"
+        for name in quantized.tensors
     }
     dequantize_checkpoint(data.write(tmp_path / "source", quantized, shards), tmp_path / "out")
     _check(tmp_path / "out", quantized)
@@ -81,9 +82,17 @@ def test_fused_experts(tmp_path, model_type, axes):
 
 
 def test_empty_fp8_tensors(tmp_path):
-    empty = {"model.layers.0.a_proj.weight": (0, 192), "model.layers.0.b_proj": (0, 8, 8), "c_proj.weight": (5, 0)}
+    empty = {
+        "model.layers.0.a_proj.weight": (0, 192),
+        "model.layers.0.b_proj": (0, 8, 8),
+        "c_proj.weight": (5, 0),
+    }
     more = {name: torch.empty(shape).to(FP8) for name, shape in empty.items()}
-    grids = {"model.layers.0.a_proj.weight": (0, 2), "model.layers.0.b_proj": (0, 1, 1), "c_proj.weight": (1, 0)}
+    grids = {
+        "model.layers.0.a_proj.weight": (0, 2),
+        "model.layers.0.b_proj": (0, 1, 1),
+        "c_proj.weight": (1, 0),
+    }
     more |= {f"{name}_scale_inv": torch.empty(shape) for name, shape in grids.items()}
     quantized = data.in_fp8(data.llama()).changed(more)
     dequantize_checkpoint(data.write(tmp_path / "source", quantized), tmp_path / "out")
@@ -109,11 +118,20 @@ def test_quantizing_and_back_gives_the_dequantized_values_and_the_original_confi
 @pytest.mark.parametrize("dtype", [("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")])
 def test_the_config_loses_its_quantization_and_names_the_new_dtype(tmp_path, dtype):
     quantized = data.in_fp8(data.llama())
-    config = {"dtype": "x", **quantized.config, "compression_config": {}, "last": {"nested": [1.5, None, "é"]}}
+    config = {
+        "dtype": "x",
+        **quantized.config,
+        "compression_config": {},
+        "last": {"nested": [1.5, None, "é"]},
+    }
     source = data.write(tmp_path / "source", dataclasses.replace(quantized, config=config))
     dequantize_checkpoint(source, tmp_path / "out", dtype=dtype[0])
     result = data.read_config(tmp_path / "out")
-    expected = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    expected = {
+        key: value
+        for key, value in config.items()
+        if key not in ("quantization_config", "compression_config")
+    }
     assert result == expected | {"dtype": dtype[1], "torch_dtype": dtype[1]}
     assert list(result) == list(expected), "in the order of the source"
 

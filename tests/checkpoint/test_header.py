@@ -3,7 +3,6 @@
 import json
 import struct
 
-import data
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from blockscale import inspect_checkpoint, quantize_checkpoint, verify_checkpoint
 from blockscale.checkpoint.index import read_header
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
+from tests import data
 
 FILE = "model.safetensors"
 A = data.entry("F32", [2, 2], 0, 16)
@@ -86,14 +86,19 @@ CORRUPT = {
         f"{FILE} header: duplicate key (got 'a')",
     ),
     "duplicate key in an entry": (
-        data.raw_file(b'{"a": {"dtype": "F32", "dtype": "U8", "shape": [], "data_offsets": [0, 4]}}', BODY[:4]),
+        data.raw_file(
+            b'{"a": {"dtype": "F32", "dtype": "U8", "shape": [], "data_offsets": [0, 4]}}', BODY[:4]
+        ),
         f"{FILE} header: duplicate key (got 'dtype')",
     ),
     "a name that is no Unicode": (
         data.raw_file(f'{{"\\ud800": {json.dumps(A)}}}'.encode(), BODY[:16]),
         f"{FILE}: tensor name is not Unicode (got '\\ud800')",
     ),
-    "entry that is a string": (_file("F32"), f"{FILE} tensor b: header entry lacks dtype, shape or data_offsets"),
+    "entry that is a string": (
+        _file("F32"),
+        f"{FILE} tensor b: header entry lacks dtype, shape or data_offsets",
+    ),
     "sparse layout": (
         _file({"dtype": "F32", "layout": "sparse_coo", "indices": [0, 8], "values": [8, 16]}),
         f"{FILE} tensor b: header entry lacks dtype, shape or data_offsets",
@@ -107,7 +112,10 @@ CORRUPT = {
         f"{FILE} tensor b: unknown dtype (expected a dense safetensors dtype, got ['U8'])",
     ),
     "negative shape": (_file(data.entry("U8", [-4], 16, 20)), f"{FILE} tensor b: bad shape (got [-4])"),
-    "two negative sides": (_file(data.entry("U8", [-2, -2], 16, 20)), f"{FILE} tensor b: bad shape (got [-2, -2])"),
+    "two negative sides": (
+        _file(data.entry("U8", [-2, -2], 16, 20)),
+        f"{FILE} tensor b: bad shape (got [-2, -2])",
+    ),
     "float shape": (_file(data.entry("U8", [4.0], 16, 20)), f"{FILE} tensor b: bad shape (got [4.0])"),
     "bool shape": (_file(data.entry("U8", [True, 4], 16, 20)), f"{FILE} tensor b: bad shape (got [True, 4])"),
     "shape that is a number": (_file(data.entry("U8", 4, 16, 20)), f"{FILE} tensor b: bad shape (got 4)"),
@@ -172,7 +180,11 @@ def test_a_corrupt_header_is_refused_in_one_line(tmp_path, case):
     content, expected = CORRUPT[case]
     source = data.write(tmp_path / "source", data.llama())
     (source / FILE).write_bytes(content)
-    for action in (quantize_checkpoint, lambda s, _: inspect_checkpoint(s), lambda s, _: verify_checkpoint(s)):
+    for action in (
+        quantize_checkpoint,
+        lambda s, _: inspect_checkpoint(s),
+        lambda s, _: verify_checkpoint(s),
+    ):
         line = data.refusal(lambda action=action: action(source, tmp_path / "out"), source, tmp_path / "out")
         assert line.startswith(expected)  # the rest of two of them is Python's own wording
 
@@ -206,7 +218,9 @@ def test_safetensors_own_files_are_accepted_with_every_dtype_and_empty_tensors()
     from safetensors.torch import save
 
     dtypes = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int64)
-    tensors = {str(dtype): torch.zeros(3, 2).to(dtype) for dtype in (*dtypes, torch.float64, torch.float8_e5m2)}
+    tensors = {
+        str(dtype): torch.zeros(3, 2).to(dtype) for dtype in (*dtypes, torch.float64, torch.float8_e5m2)
+    }
     tensors |= {"none": torch.empty(0), "rows": torch.empty(0, 7), "scalar": torch.tensor(1.5)}
     raw = save(tensors, {"format": "pt", "note": "é"})
     header = read_header(lambda start, length: raw[start : start + length], len(raw), "f")
@@ -215,7 +229,9 @@ def test_safetensors_own_files_are_accepted_with_every_dtype_and_empty_tensors()
     }
     assert header.metadata == {"format": "pt", "note": "é"}
     for entry in header.entries:
-        assert raw[entry.start : entry.end] == tensors[entry.name].flatten().view(torch.uint8).numpy().tobytes()
+        assert (
+            raw[entry.start : entry.end] == tensors[entry.name].flatten().view(torch.uint8).numpy().tobytes()
+        )
 
 
 _json = st.recursive(
@@ -247,7 +263,10 @@ def test_any_header_is_read_or_refused(header, size, length):
 
 
 @settings(max_examples=300)
-@given(st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 60))
+@given(
+    st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4),
+    st.integers(0, 60),
+)
 def test_any_damage_to_a_good_file_is_read_or_refused(damage, cut):
     raw = bytearray(_file()[: len(_file()) - cut])
     for place, value in damage:

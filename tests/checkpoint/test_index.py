@@ -3,7 +3,6 @@
 import json
 import pickle
 
-import data
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 from blockscale import dequantize_checkpoint, inspect_checkpoint, quantize_checkpoint
 from blockscale.checkpoint.index import read_index
 from blockscale.checkpoint.source import open_source
+from tests import data
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 NORM = "model.norm.weight"
@@ -51,7 +51,16 @@ def test_a_file_that_is_a_dangling_link(source):
 
 @pytest.mark.parametrize(
     "path",
-    ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", ".x.safetensors", "", "x.bin", "a\\b.safetensors"],
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "sub/x.safetensors",
+        "..",
+        ".x.safetensors",
+        "",
+        "x.bin",
+        "a\\b.safetensors",
+    ],
 )
 def test_an_index_that_leads_out_of_the_folder(source, path):
     (source.parent / "x.safetensors").write_bytes((source / FIRST).read_bytes())
@@ -63,7 +72,9 @@ def test_an_index_that_leads_out_of_the_folder(source, path):
 
 def test_file_names_with_spaces_are_names_like_any_other(tmp_path):
     model = data.llama()
-    source = data.write(tmp_path / "source", model, shards=dict.fromkeys(model.tensors, "my model (1).safetensors"))
+    source = data.write(
+        tmp_path / "source", model, shards=dict.fromkeys(model.tensors, "my model (1).safetensors")
+    )
     quantize_checkpoint(source, tmp_path / "out")
     assert data.read(tmp_path / "out").keys() > model.tensors.keys()
 
@@ -88,14 +99,20 @@ def _names(path):
 
 def test_a_tensor_that_is_in_the_index_but_in_no_file(source):
     _change_index(source, lambda index: index["weight_map"].update(ghost=FIRST))
-    assert _refusal(source) == f"ghost: tensor is not in the file the index names (expected {FIRST}, got no file has it)"
+    assert (
+        _refusal(source)
+        == f"ghost: tensor is not in the file the index names (expected {FIRST}, got no file has it)"
+    )
 
 
 def test_a_tensor_that_is_in_another_file_than_the_index_says(source):
     real = json.loads((source / data.INDEX).read_text())["weight_map"][NORM]
     wrong = FIRST if real == SECOND else SECOND
     _change_index(source, lambda index: index["weight_map"].update({NORM: wrong}))
-    assert _refusal(source) == f"{NORM}: tensor is not in the file the index names (expected {wrong}, got {real})"
+    assert (
+        _refusal(source)
+        == f"{NORM}: tensor is not in the file the index names (expected {wrong}, got {real})"
+    )
 
 
 def test_a_tensor_that_is_in_a_file_but_not_in_the_index(source):
@@ -110,8 +127,14 @@ def test_a_tensor_that_is_in_a_file_but_not_in_the_index(source):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "is not JSON (got Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
-        (b"\xff\xfe", "is not JSON (got 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte)"),
+        (
+            b"{",
+            "is not JSON (got Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+        ),
+        (
+            b"\xff\xfe",
+            "is not JSON (got 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte)",
+        ),
         (b"[" * 100_000, "is not JSON (got maximum recursion depth exceeded"),
         (b"[]", "is not a JSON object (got list)"),
         (b"{}", "index has no weight_map of file names"),

@@ -4,8 +4,9 @@ import json
 import subprocess
 import sys
 
-import data
 import pytest
+
+from tests import data
 
 MEGABYTE = 1 << 20
 TENSOR = 320 * MEGABYTE
@@ -51,10 +52,14 @@ def _write(folder, linear_bytes, copied_bytes):
 def test_peak_memory_stays_far_below_the_largest_tensor(tmp_path):
     _write(tmp_path / "small" / "bf16", 2 * MEGABYTE, 2 * MEGABYTE)
     _write(tmp_path / "large" / "bf16", TENSOR, 64 * MEGABYTE)
-    run = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     peaks = json.loads(run.stdout)
     base = peaks["small dequantize"]
     for step in ("quantize", "verify", "dequantize"):
         grown = peaks[f"large {step}"] - base
-        assert grown < BOUND, f"{step}: {grown / MEGABYTE:.0f} MB more for a tensor of {TENSOR / MEGABYTE:.0f} MB"
+        assert grown < BOUND, (
+            f"{step}: {grown / MEGABYTE:.0f} MB more for a tensor of {TENSOR / MEGABYTE:.0f} MB"
+        )

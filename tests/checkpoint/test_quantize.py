@@ -2,7 +2,6 @@
 
 import json
 
-import data
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,6 +9,7 @@ from safetensors import safe_open
 from blockscale import Recipe, RunOptions, quantize_checkpoint, reference
 from blockscale.checkpoint import tasks
 from blockscale.testing.asserts import assert_bitwise_equal
+from tests import data
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 DENSE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -144,7 +144,9 @@ def test_the_bytes_depend_on_no_thread_and_no_strip(tmp_path, monkeypatch, worke
     source = data.write(tmp_path / "source", data.deepseek_v3(), shards=3)
     quantize_checkpoint(source, tmp_path / "whole", Recipe("ue8m0", (32, 48)), run=RunOptions(workers=2))
     monkeypatch.setattr(tasks, "CHUNK_BYTES", chunk)
-    quantize_checkpoint(source, tmp_path / "strips", Recipe("ue8m0", (32, 48)), run=RunOptions(workers=workers))
+    quantize_checkpoint(
+        source, tmp_path / "strips", Recipe("ue8m0", (32, 48)), run=RunOptions(workers=workers)
+    )
     assert data.contents(tmp_path / "strips") == data.contents(tmp_path / "whole")
 
 
@@ -216,7 +218,10 @@ def test_vision_towers_and_projectors_stay(tmp_path):
     model = data.llama()
     tensors = {name.replace("model.", "model.language_model.", 1): t for name, t in model.tensors.items()}
     vision = "model.visual.blocks.0.attn.q_proj.weight"
-    tensors |= {vision: data.weight(vision, 64, 64), "model.multi_modal_projector.q_proj.weight": data.weight("p", 64, 64)}
+    tensors |= {
+        vision: data.weight(vision, 64, 64),
+        "model.multi_modal_projector.q_proj.weight": data.weight("p", 64, 64),
+    }
     config = {"model_type": "mistral3", "text_config": {**model.config, "model_type": "mistral"}}
     source = data.write(tmp_path / "source", data.Model(tensors, config))
     quantize_checkpoint(source, tmp_path / "out")

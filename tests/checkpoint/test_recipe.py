@@ -2,12 +2,12 @@
 
 import json
 
-import data
 import pytest
 import torch
 
 from blockscale import BlockscaleError, Recipe, quantize_checkpoint
 from blockscale.testing.asserts import assert_bitwise_equal
+from tests import data
 
 FP8 = torch.float8_e4m3fn
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."
@@ -77,7 +77,9 @@ def test_a_name_that_the_scale_would_take(tmp_path):
     assert line == f"{name}: name is taken by a tensor of the source"
 
 
-@pytest.mark.parametrize("recipe", [Recipe(exclude=("*.q_porj",)), Recipe(include=("model.layers.0", "*.qproj"))])
+@pytest.mark.parametrize(
+    "recipe", [Recipe(exclude=("*.q_porj",)), Recipe(include=("model.layers.0", "*.qproj"))]
+)
 def test_a_pattern_with_a_typo(tmp_path, recipe):
     pattern = (*recipe.include, *recipe.exclude)[0]
     assert _refusal(tmp_path, data.llama(), recipe).startswith(
@@ -140,14 +142,19 @@ def test_the_latent_projections_share_their_precision(tmp_path):
 
 def test_an_unknown_model_type_gets_the_rule_by_names_and_a_warning(tmp_path):
     model = data.llama(model_type="brand_new")
-    more = {f"{MLP}odd_proj.weight": data.weight("odd", 64, 64), f"{MLP}dt_proj.weight": data.weight("dt", 64, 64)}
+    more = {
+        f"{MLP}odd_proj.weight": data.weight("odd", 64, 64),
+        f"{MLP}dt_proj.weight": data.weight("dt", 64, 64),
+    }
     source = data.write(tmp_path / "source", model.changed(more))
     report = quantize_checkpoint(source, tmp_path / "out")
     assert report.warnings == (
         "model_type 'brand_new' is not known: only weights that are linear layers by their name are quantized; "
         "--dry-run shows how many",
     )
-    assert _quantized(tmp_path / "out") == {name for name in model.tensors if "layers.0" in name and "_proj" in name}
+    assert _quantized(tmp_path / "out") == {
+        name for name in model.tensors if "layers.0" in name and "_proj" in name
+    }
     assert {name.removesuffix(".weight") for name in more} < set(_skip(tmp_path / "out"))
 
 
@@ -233,7 +240,10 @@ def test_values_that_are_not_finite_in_what_is_kept_anyway_are_no_fault(tmp_path
     ("make", "line"),
     [
         (lambda: Recipe("e4m3"), "unknown scale_fmt (expected float32 | ue8m0 | uf8m0 | null, got 'e4m3')"),
-        (lambda: Recipe(layout="gguf"), "unknown layout (expected deepseek | compressed-tensors, got 'gguf')"),
+        (
+            lambda: Recipe(layout="gguf"),
+            "unknown layout (expected deepseek | compressed-tensors, got 'gguf')",
+        ),
         (
             lambda: Recipe(block_size="0x128"),
             "bad block size (expected two positive integers, as 128x128, got '0x128')",

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data
 import pytest
+
+from tests import data
 
 RECIPE = {"scale_fmt": "ue8m0"}
 FILES = {"tokenizer.json": b"{}", "assets/logo.png": b"\x89PNG"}
@@ -19,7 +20,17 @@ def crash():
     command = [sys.executable, str(Path(__file__).with_name("crash.py"))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
 
-        def ask(src, dst, *, command="quantize", workers=1, overwrite=False, recipe=None, kill_at=None, records=None):
+        def ask(
+            src,
+            dst,
+            *,
+            command="quantize",
+            workers=1,
+            overwrite=False,
+            recipe=None,
+            kill_at=None,
+            records=None,
+        ):
             request = {"command": command, "src": str(src), "dst": str(dst), "workers": workers}
             request |= {"overwrite": overwrite, "recipe": RECIPE if recipe is None else recipe}
             request |= {"kill_at": kill_at, "kill_after_records": records}
@@ -72,7 +83,9 @@ def _todo(source, journal):
     return {name for file, names in shards.items() if file not in done for name in names}
 
 
-@pytest.mark.parametrize(("command", "workers", "stride"), [("quantize", 1, 1), ("dequantize", 1, 3), ("quantize", 3, 4)])
+@pytest.mark.parametrize(
+    ("command", "workers", "stride"), [("quantize", 1, 1), ("dequantize", 1, 3), ("quantize", 3, 4)]
+)
 def test_killed_at_every_step_and_run_again(tmp_path, crash, sources, command, workers, stride):
     source = sources[command]
     scales = {name for name in data.read(source) if name.endswith("_scale_inv")}

@@ -7,13 +7,13 @@ import os
 import subprocess
 from pathlib import Path
 
-import data
 import pytest
 from safetensors.torch import save_file
 
 from blockscale import Recipe, RunOptions, dequantize_checkpoint, quantize_checkpoint
 from blockscale.checkpoint import convert, engine, tasks, workspace, writer
 from blockscale.errors import BusyError
+from tests import data
 
 HOLDS = "already holds a checkpoint (got {}); choose another folder, or replace it with --overwrite"
 FULL = "disk is full; free some space and run the same command again: finished shards are kept"
@@ -30,7 +30,9 @@ def out(tmp_path):
 
 
 def _refusal(source, out, keeps_shards=False, **options):
-    return data.refusal(lambda: quantize_checkpoint(source, out, **options), source, out, keeps_shards=keeps_shards)
+    return data.refusal(
+        lambda: quantize_checkpoint(source, out, **options), source, out, keeps_shards=keeps_shards
+    )
 
 
 def test_two_runs_into_one_destination(source, out):
@@ -149,7 +151,9 @@ def test_the_replaced_model_is_whole_until_the_commit(source, out, monkeypatch):
 
     def look(*arguments):
         finish(*arguments)
-        seen.append({name: raw for name, raw in data.contents(out).items() if not name.startswith(".blockscale/")})
+        seen.append(
+            {name: raw for name, raw in data.contents(out).items() if not name.startswith(".blockscale/")}
+        )
 
     monkeypatch.setattr(convert, "finish_shard", look)
     quantize_checkpoint(source, out, run=RunOptions(overwrite=True))
@@ -210,7 +214,10 @@ def test_a_disk_that_fails_at_any_sync(source, tmp_path, monkeypatch, error):
     whole = data.contents(tmp_path / "whole")
     for after in range(1, calls + 1):
         out = tmp_path / str(after)
-        with _failing(monkeypatch, os, "fsync", after, error), pytest.raises(workspace.BlockscaleError) as caught:
+        with (
+            _failing(monkeypatch, os, "fsync", after, error),
+            pytest.raises(workspace.BlockscaleError) as caught,
+        ):
             quantize_checkpoint(source, out)
         line = str(caught.value)
         assert line.startswith(str(out)), line
@@ -240,7 +247,10 @@ def test_the_early_write_back_changes_nothing(source, out, tmp_path, monkeypatch
 
 
 def test_a_rename_that_fails_leaves_the_commit_to_the_next_run(source, out, tmp_path, monkeypatch):
-    with _failing(monkeypatch, os, "replace", 4, errno.EACCES), pytest.raises(workspace.BlockscaleError) as caught:
+    with (
+        _failing(monkeypatch, os, "replace", 4, errno.EACCES),
+        pytest.raises(workspace.BlockscaleError) as caught,
+    ):
         quantize_checkpoint(source, out)
     assert str(caught.value).endswith(": cannot be written: Permission denied")
     assert not (out / "config.json").exists()
@@ -253,7 +263,9 @@ def test_a_rename_that_fails_leaves_the_commit_to_the_next_run(source, out, tmp_
 def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+    ).returncode:
         pytest.skip("no permission to mount a small file system")
     yield folder
     subprocess.run(["umount", folder], check=True)
@@ -282,10 +294,14 @@ def test_a_source_file_that_shrinks_while_it_is_read(source, out, monkeypatch):
     assert not any(not name.startswith(".blockscale/") for name in data.contents(out))
 
 
-@pytest.mark.parametrize("change", ["rewrite a shard", "touch a shard", "edit the tokenizer", "edit the config"])
+@pytest.mark.parametrize(
+    "change", ["rewrite a shard", "touch a shard", "edit the tokenizer", "edit the config"]
+)
 def test_a_source_that_changes_during_the_run(source, out, monkeypatch, change):
     finish, done = convert.finish_shard, []
-    name = {"t": "tokenizer.json", "c": "config.json"}.get(change.split()[-1][0], "model-00001-of-00003.safetensors")
+    name = {"t": "tokenizer.json", "c": "config.json"}.get(
+        change.split()[-1][0], "model-00001-of-00003.safetensors"
+    )
 
     def after(*arguments):
         finish(*arguments)
@@ -360,7 +376,9 @@ def test_open_files_are_closed_after_success_and_failure(source, out, monkeypatc
 def test_a_short_write_is_continued(source, out, tmp_path, monkeypatch):
     quantize_checkpoint(source, tmp_path / "whole")
     pwrite, preadv = os.pwrite, os.preadv
-    monkeypatch.setattr(writer.os, "pwrite", lambda fd, view, offset: pwrite(fd, view[: len(view) // 2 + 1], offset))
+    monkeypatch.setattr(
+        writer.os, "pwrite", lambda fd, view, offset: pwrite(fd, view[: len(view) // 2 + 1], offset)
+    )
     monkeypatch.setattr(
         tasks.os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][: len(views[0]) // 2 + 1]], offset)
     )

@@ -22,16 +22,16 @@ class Hub:
         refs: (repository, revision) -> commit.
         commits: commit -> its files.
         refused: (route or file name) -> (status, X-Error-Code) to answer instead.
-        asked: (method, route, file name, bytes sent) of every answer.
-        after: called with the route after each answer.
+        asked: (route, file name, bytes sent) of every answer; the route of a byte range is "range".
+        after: called with (route, file name) before an answer is sent, but after it was made.
     """
 
     url: str = ""
     refs: dict[tuple[str, str], str] = field(default_factory=dict)
     commits: dict[str, Files] = field(default_factory=dict)
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
-    asked: list[tuple[str, str, str, int]] = field(default_factory=list)
-    after: Callable[[str], None] = lambda route: None
+    asked: list[tuple[str, str, int]] = field(default_factory=list)
+    after: Callable[[str, str], None] = lambda route, name: None
 
     def push(self, repo: str, files: Files, revision: str = "main") -> str:
         """Make a commit and point a branch at it; returns the commit."""
@@ -44,7 +44,7 @@ class Hub:
     def sent(self, route: str) -> dict[str, int]:
         """File name -> bytes sent by a route."""
         total: dict[str, int] = {}
-        for _, asked, name, nbytes in self.asked:
+        for asked, name, nbytes in self.asked:
             if asked == route:
                 total[name] = total.get(name, 0) + nbytes
         return total
@@ -74,21 +74,12 @@ def serving() -> Iterator[Hub]:
 class _Handler(BaseHTTPRequestHandler):
     served: Hub
     protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self._answer(body=True)
+    wbufsize = -1  # head and body in one packet
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def _answer(self, body: bool) -> None:
+    def do_GET(self) -> None:
         parsed = _parse(urlsplit(self.path).path)
         if parsed is None:
             self._refuse(404, "", (self.path, ""))
@@ -110,37 +101,33 @@ class _Handler(BaseHTTPRequestHandler):
             if name not in files:
                 self._refuse(404, "EntryNotFound", (route, name))
                 return
-            self._send_file(files[name], commit, name, body)
+            self._send_file(files[name], name)
             return
         found = {"info": lambda: _info(repo, commit), "tree": lambda: _tree(files, name)}[route]()
-        self._send(200, json.dumps(found).encode(), {}, body, (route, name))
+        self._send(200, json.dumps(found).encode(), {}, (route, name))
 
-    def _send_file(self, content: bytes, commit: str, name: str, body: bool) -> None:
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
-        headers["Accept-Ranges"] = "bytes"
+    def _send_file(self, content: bytes, name: str) -> None:
+        headers: dict[str, str] = {}
         status, asked = 200, self.headers.get("Range")
         if asked:
             first, last = asked.removeprefix("bytes=").split("-")
             start, end = int(first), min(int(last or len(content) - 1), len(content) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
             status, content = 206, content[start : end + 1]
-        self._send(status, content, headers, body, ("range" if asked else "resolve", name))
+        self._send(status, content, headers, ("range" if asked else "resolve", name))
 
     def _refuse(self, status: int, code: str, what: tuple[str, str]) -> None:
-        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"}, True, what)
+        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"}, what)
 
-    def _send(
-        self, status: int, content: bytes, headers: dict[str, str], body: bool, what: tuple[str, str]
-    ) -> None:
+    def _send(self, status: int, content: bytes, headers: dict[str, str], what: tuple[str, str]) -> None:
         self.send_response(status)
         for key, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(key, value)
         # Recorded first: the client may look as soon as it has the last byte.
-        self.served.asked.append((self.command, *what, len(content) if body else 0))
-        self.served.after(what[0])
+        self.served.asked.append((*what, len(content)))
+        self.served.after(*what)
         self.end_headers()
-        if body and self.command != "HEAD":
-            self.wfile.write(content)
+        self.wfile.write(content)
 
 
 def _parse(path: str) -> tuple[str, str, str, str] | None:
