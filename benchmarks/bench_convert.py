@@ -3,8 +3,8 @@
     python benchmarks/bench_convert.py --gb 1 4 20 [--peer-python /path/to/venv/bin/python] [--repeats 1]
 
 For every size a synthetic Llama-shaped BF16 checkpoint in shards of about 1 GB is made, then each competitor
-runs as a process of its own on that one shard set, from a cold page cache where the system lets us drop it
-(root), timed until `sync` returns. The first size is verified tensor by tensor before anything is timed.
+runs as a process of its own on that one shard set, which is dropped from the page cache before (the software
+is not), timed until `sync` returns. The first size is verified tensor by tensor before anything is timed.
 `--peer-python` names an interpreter of an environment with llm-compressor; its model-free PTQ then runs with
 the scheme FP8_BLOCK and as many threads. Results go to benchmarks/results/convert.jsonl.
 """
@@ -101,13 +101,12 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     return total
 
 
-def run(command: list[str]) -> Outcome:
-    """Run a command from a cold page cache, then `sync`; samples its memory while it runs."""
+def run(command: list[str], source: Path) -> Outcome:
+    """Run a command on a source that is not in the page cache, then `sync`; samples its memory meanwhile."""
     subprocess.run(["sync"], check=True)
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError:
-        print("page cache cannot be dropped: runs are warm", file=sys.stderr)
+    for path in source.iterdir():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peaks = {"VmHWM": 0, "RssAnon": 0}
@@ -176,7 +175,7 @@ def _compete(
     outcomes: dict[str, list[Outcome]] = {name: [] for name in commands}
     for _ in range(arguments.repeats):
         for name, command in commands.items():
-            outcomes[name].append(run(command))
+            outcomes[name].append(run(command, source))
             shutil.rmtree(target)
     return outcomes
 

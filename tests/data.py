@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -197,7 +196,7 @@ def in_fp8(
     scale_fmt: str = "float32",
     **quantization: Any,
 ) -> Model:
-    """The model as block FP8 in the DeepSeek layout, by the reference quantizer; default: every projection."""
+    """The model as block FP8, DeepSeek layout, by the reference quantizer; by default all projections."""
     chosen = [name for name in model.tensors if "_proj" in name] if names is None else list(names)
     tensors = dict(model.tensors)
     for name in chosen:
@@ -319,5 +318,10 @@ def refusal(
     return line
 
 
-def ceil_div(size: int, block: int) -> int:
-    return math.ceil(size / block)
+def told(action: Callable[..., object], *arguments: object) -> str | None:
+    """The line that `action` refuses with, or None if it does not; any other exception is a failure."""
+    try:
+        action(*arguments)
+    except BlockscaleError as error:
+        return str(error)
+    return None

@@ -31,7 +31,7 @@ class Store(AbstractFileSystem):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.local = LocalFileSystem()
-        self.infos: dict[str, dict[str, Any]] = {}
+        self.listings: dict[str, dict[str, dict[str, Any]]] = {}
 
     @classmethod
     def watch(cls, before: Hook | None = None) -> None:
@@ -45,17 +45,20 @@ class Store(AbstractFileSystem):
         return [os.path.basename(path) for done, path in cls.asked if done == operation]
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        found = self.local.ls(self._strip_protocol(path), detail=True)
-        return found if detail else [info["name"] for info in found]
+        path = self._strip_protocol(path)
+        if path not in self.listings:
+            self.listings[path] = {info["name"]: info for info in self.local.ls(path, detail=True)}
+        return list(self.listings[path].values() if detail else self.listings[path])
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         path = self._strip_protocol(path)
-        if path not in self.infos:
-            self.infos[path] = self.local.info(path)
-        return self.infos[path]
+        for info in self.ls(self._parent(path)):
+            if info["name"] == path:
+                return info
+        raise FileNotFoundError(path)
 
     def invalidate_cache(self, path: str | None = None) -> None:
-        self.infos.clear()
+        self.listings.clear()
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> io.FileIO:
         assert mode == "rb"
@@ -69,16 +72,16 @@ class Store(AbstractFileSystem):
     def put_file(self, lpath: str, rpath: str, **_: Any) -> None:
         self._note("put", rpath)
         self.local.put_file(lpath, rpath)
-        self.infos.clear()
+        self.listings.clear()
 
     def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
         self.local.pipe_file(path, value)
-        self.infos.clear()
+        self.listings.clear()
 
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
         self._note("copy", path2)
         self.local.cp_file(path1, path2)
-        self.infos.clear()
+        self.listings.clear()
 
     def rm_file(self, path: str) -> None:
         if os.path.isdir(path):
@@ -86,11 +89,11 @@ class Store(AbstractFileSystem):
         else:
             self._note("remove", path)
             self.local.rm_file(path)
-        self.infos.clear()
+        self.listings.clear()
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         self.local.makedirs(self._strip_protocol(path), exist_ok=exist_ok)
-        self.infos.clear()
+        self.listings.clear()
 
     def _note(self, operation: str, path: str) -> None:
         type(self).asked.append((operation, path))

@@ -221,8 +221,14 @@ def _accept(workspace: Workspace, shard: ShardPlan, record: Record) -> None:
 def _outcome(ray: Any, result: Any, shard: ShardPlan) -> Record:
     try:
         outcome: Record | Failure = ray.get(result)
-    except ray.exceptions.RayTaskError:
-        raise  # an exception that a task did not expect is a defect: its traceback tells where
+    except ray.exceptions.RayTaskError as error:
+        if "No module named 'blockscale'" not in str(error):
+            raise  # what a task did not expect is a defect: the traceback tells where
+        raise BlockscaleError(
+            "is not installed on every node of the cluster",
+            where="blockscale",
+            remedy=f"there: pip install 'blockscale[cluster]=={__version__}'",
+        ) from error
     except ray.exceptions.RayError as error:
         raise BlockscaleError(
             f"could not be converted on the cluster: {type(error).__name__}: {reason(error)}",

@@ -182,7 +182,10 @@ def _entry(name: str, value: Any, file: str, data_start: int) -> TensorEntry:
     bits = math.prod(shape) * dtype_bits(dtype)
     if bits % 8:
         raise CorruptCheckpointError(
-            "shape does not fill whole bytes", where=where, expected="a multiple of 8 bits", got=f"{bits} bits"
+            "shape does not fill whole bytes",
+            where=where,
+            expected="a multiple of 8 bits",
+            got=f"{bits} bits",
         )
     expected = tensor_nbytes(dtype, tuple(shape))
     if offsets[1] - offsets[0] != expected:

@@ -1,7 +1,7 @@
 """Decide, tensor by tensor and before any byte is written, what a conversion does with a checkpoint.
 
-Quantizing: a linear weight becomes E4M3 codes and scales unless its family keeps it (embeddings, head, router,
-norms, vision), a pattern excludes it, or a weight that shares its precision (q/k/v, gate/up) is kept.
+Quantizing: a linear weight becomes E4M3 codes and scales unless its family keeps it (embeddings, head,
+router, norms, vision), a pattern excludes it, or a weight that shares its precision (q/k/v, gate/up) is kept.
 Dequantizing: FP8 is recognized by dtype, its scale is found by name in any shard; the rest is copied.
 """
 
@@ -303,7 +303,7 @@ def _skip_list(decisions: dict[str, Decision], tensors: Mapping[str, Signature])
 
 
 def skip_entry(name: str, signature: Signature) -> str | None:
-    """Full module path by which a skip list names an unquantized linear weight or fused experts; else None."""
+    """Full module path by which a skip list names an unquantized linear weight or fused experts, or None."""
     dtype, shape = signature
     if dtype not in HIGH_PRECISION:
         return None

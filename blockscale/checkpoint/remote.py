@@ -71,12 +71,15 @@ def holds(target: Source, staged: str, nbytes: int) -> bool:
     return target.exists(name) and target.size(name) == nbytes
 
 
-def publish(target: Source, staged: str, name: str) -> None:
-    """Give an uploaded file its final name."""
+def publish(target: Source, staged: str, name: str, nbytes: int) -> bool:
+    """Give an uploaded file its final name, unless an earlier run has done that; False if it is in neither."""
     final = target.path(name)
+    if not holds(target, staged, nbytes):
+        return target.exists(name) and target.size(name) == nbytes
     with told("cannot be moved into place", f"{target.spec}: {name}"):
         target.fs.makedirs(os.path.dirname(final), exist_ok=True)
         target.fs.mv(target.path(f"{WORK_FOLDER}/{staged}"), final)
+    return True
 
 
 def sweep(target: Source, keep: Collection[str]) -> None:

@@ -207,7 +207,9 @@ def reason(error: BaseException) -> str:
     if not text:
         return type(error).__name__
     line = str(text).splitlines()[0]
-    return line if isinstance(error, (OSError, ImportError, ValueError)) else f"{type(error).__name__}: {line}"
+    return (
+        line if isinstance(error, (OSError, ImportError, ValueError)) else f"{type(error).__name__}: {line}"
+    )
 
 
 def _opened(text: str, fs: Any, root: str, pinned: bool = False) -> Source:

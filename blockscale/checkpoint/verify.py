@@ -7,8 +7,8 @@ x to E4M3 codes of scale s is off by at most half a step,
 
     |dequantized - x| <= s * max(2**(floor(log2(|x| / s)) - 4), 2**-10)
 
-(three mantissa bits; subnormal steps of 2**-9), up to float32 rounding of the division and the product. A code
-that is one too high or low is beyond it.
+(three mantissa bits; subnormal steps of 2**-9), up to float32 rounding of the division and the product.
+A code that is one too high or low is beyond it.
 """
 
 from __future__ import annotations

@@ -151,6 +151,7 @@ def commit(workspace: Workspace, files: list[str]) -> None:
         _append(workspace, {"commit": files})
         workspace.committing = files
     target = workspace.target
+    target.refresh()
     ordered = [name for name in workspace.committing if name != CONFIG_NAME] + [CONFIG_NAME]
     if (workspace.staging / CONFIG_NAME).exists():
         # The old manifest goes last: it tells what is stale, also to a run that resumes a killed one.
@@ -183,7 +184,7 @@ def _stale(target: Source, ordered: list[str]) -> list[str]:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a name is a shard or index of the checkpoint itself; subfolders may hold checkpoints of others."""
+    """Whether a name is a shard or index of this checkpoint; subfolders may hold other checkpoints."""
     return "/" not in name and name.endswith(_OURS)
 
 
@@ -206,10 +207,14 @@ def _publish(workspace: Workspace, name: str) -> None:
                 os.replace(staged, final)
             sync_folder(final.parent)
     elif record is not None:
-        if remote.holds(target, record["staged"], record["size"]):
-            remote.publish(target, record["staged"], name)
+        if not remote.publish(target, record["staged"], name, record["size"]):
+            raise CorruptCheckpointError(
+                "an uploaded shard is gone",
+                where=target.path(name),
+                remedy=f"remove {workspace.folder} and run again with --overwrite",
+            )
     elif staged.exists():
-        remote.publish(target, remote.upload(target, staged), name)
+        remote.publish(target, remote.upload(target, staged), name, staged.stat().st_size)
         staged.unlink()
 
 
@@ -258,6 +263,7 @@ def _load_journal(workspace: Workspace, digest: str, overwrite: bool) -> None:
     if not records:
         workspace.journal.unlink(missing_ok=True)
         shutil.rmtree(workspace.staging, ignore_errors=True)
+        shutil.rmtree(workspace.attempts, ignore_errors=True)
         return
     workspace.run = records[0].get("run", "")
     _claim(workspace, overwrite)

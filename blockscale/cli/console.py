@@ -17,8 +17,9 @@ from rich.text import Text
 
 from blockscale.checkpoint.progress import Progress, Silent
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Names of files, tensors and models are printed as they are: no markup or emoji is looked for in them.
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 if TYPE_CHECKING:
     from blockscale.checkpoint.problems import Problem
@@ -47,25 +48,29 @@ def print_json(result: Any) -> None:
     print(json.dumps(result, default=_plain, indent=2))
 
 
+def printable(text: str) -> str:
+    """Text from files one need not trust, with control characters and the like spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def warn(messages: tuple[str, ...]) -> None:
     """Print warnings on standard error, a line each."""
     for message in messages:
-        err.print(Text(f"warning: {message}", style="yellow"))
+        err.print(Text(printable(f"warning: {message}"), style="yellow"))
 
 
 def print_problems(problems: tuple[Problem, ...]) -> None:
     """Print what is wrong with a checkpoint, a line each."""
     for problem in problems:
-        out.print(
-            Text(str(problem), style="red" if problem.severity == "error" else "yellow"), soft_wrap=True
-        )
+        style = "red" if problem.severity == "error" else "yellow"
+        out.print(Text(printable(str(problem)), style=style), soft_wrap=True)
     if not problems:
         out.print("problems: none")
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Print one red line on standard error and exit."""
-    err.print(Text(message, style="bold red"))
+    err.print(Text(printable(message), style="bold red"))
     raise SystemExit(code)
 
 

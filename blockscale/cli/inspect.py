@@ -15,9 +15,8 @@ def command(src: options.Src, revision: options.Revision = None, json: options.J
     if json:
         console.print_json(found)
         return
-    console.out.print(
-        f"{found.source}: {found.model_type}, {found.parameters:,} parameters in {found.files} files"
-    )
+    model_type, count = console.printable(found.model_type), f"{found.parameters:,} parameters"
+    console.out.print(f"{found.source}: {model_type}, {count} in {found.files} files")
     table = Table()
     for heading in ("role", "dtype", "tensors", "parameters", "size"):
         table.add_column(heading, justify="left" if heading in ("role", "dtype") else "right")

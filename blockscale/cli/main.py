@@ -21,6 +21,9 @@ for module in (quantize, dequantize, verify, inspect, plan):
 # Typer carries its own copy of click since 0.26 and used the real one before; this finds the class in either.
 _ClickException = typer.BadParameter.__mro__[2]
 
+# What typer since 0.26 returns after Ctrl-C; before, it raised Abort.
+_INTERRUPTED = 130
+
 
 def _version(value: bool) -> None:
     if value:
@@ -47,6 +50,8 @@ def main() -> None:
         # Called without a command, typer shows the help and raises an error without a text.
         console.fail(error.format_message() or "no command given", 2)
     except (typer.Abort, KeyboardInterrupt):
+        console.interrupted()
+    if code == _INTERRUPTED:
         console.interrupted()
     raise SystemExit(code or 0)
 

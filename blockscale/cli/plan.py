@@ -47,7 +47,8 @@ def print_plan(plan: SizePlan, *, as_json: bool) -> None:
     if as_json:
         console.print_json(plan)
         return
-    console.out.print(f"{plan.source}: {plan.model_type}, {plan.parameters:,} parameters")
+    model_type = console.printable(plan.model_type)
+    console.out.print(f"{plan.source}: {model_type}, {plan.parameters:,} parameters")
     table = Table()
     for heading in ("role", "tensors", "quantized", "before", "after"):
         table.add_column(heading, justify="left" if heading == "role" else "right")

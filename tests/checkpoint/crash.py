@@ -1,7 +1,7 @@
-"""A process that converts checkpoints in forked children and can kill them, with SIGKILL, at any change to the disk.
+"""A process that converts checkpoints in forked children, and kills them at any change to the disk.
 
-A request is one line of JSON on standard input, the answer one line on standard output. Forking from a process
-that has loaded everything makes a run cheap enough to try every place where it can die.
+A request is one line of JSON on standard input, the answer one line on standard output. Forking from a
+process that has loaded everything makes a run cheap enough to try every place where it can die.
 """
 
 from __future__ import annotations

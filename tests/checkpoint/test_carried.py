@@ -1,4 +1,4 @@
-"""Files beside the weights: carried byte for byte, but no weights of other formats; config.json keeps its order."""
+"""Files beside the weights: carried byte for byte, but no weights of other formats; config.json in order."""
 
 import hashlib
 import json
@@ -90,7 +90,7 @@ def test_the_config_keeps_its_keys_in_order_and_gains_the_quantization(tmp_path)
 def test_the_manifest_holds_the_checksum_of_every_file_and_tensor(source, tmp_path):
     quantize_checkpoint(source, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "blockscale.json").read_text())
-    files = {name: content for name, content in data.contents(tmp_path / "out").items()}
+    files = data.contents(tmp_path / "out")
     assert manifest["files"] == {
         name: hashlib.sha256(files[name]).hexdigest() for name in (*data.CARRIED, "config.json", data.INDEX)
     }

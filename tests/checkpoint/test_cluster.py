@@ -205,9 +205,24 @@ def test_a_remote_source_and_destination(cluster, tmp_path, monkeypatch):
     quantize_checkpoint(url, tmp_path / "local")
     quantize_checkpoint(url, f"store://{tmp_path}/far", run=ON_RAY)
     quantize_checkpoint(url, tmp_path / "near", run=ON_RAY)
+    _stop_at_upload(3, lambda: quantize_checkpoint(url, f"store://{tmp_path}/resumed"))
+    # The store's listings are cached here: what the nodes upload must be seen nevertheless.
+    assert quantize_checkpoint(url, f"store://{tmp_path}/resumed", run=ON_RAY).resumed_shards >= 2
+    assert data.contents(tmp_path / "resumed") == data.contents(tmp_path / "local")
     assert data.contents(tmp_path / "far") == data.contents(tmp_path / "local")
     assert data.contents(tmp_path / "near") == data.contents(tmp_path / "local")
     assert data.contents(tmp_path / "cache") == {}
+
+
+def _stop_at_upload(count, action):
+    def before(operation, path):
+        if operation == "put" and stores.Store.names("put")[count - 1 :]:
+            raise OSError("the line went dead")
+
+    stores.Store.watch(before)
+    with pytest.raises(BlockscaleError, match="the line went dead"):
+        action()
+    stores.Store.watch()
 
 
 def test_more_threads_than_any_node_has_are_refused(cluster, source, tmp_path):
@@ -238,6 +253,18 @@ def test_a_node_that_does_not_share_the_folders_says_so(tmp_path):
     line = _told(source, _assignment(source, target, job=Job(elsewhere)))
     assert line.startswith(f"{tmp_path}/elsewhere: is not there on every node")
     assert data.contents(target) == {}
+
+
+def test_two_attempts_at_a_shard_share_no_file(tmp_path):
+    source = data.write(tmp_path / "source", data.llama(), SHARDS)
+    assignment = _assignment(source, tmp_path / "result")
+    assignment.folder.mkdir(parents=True)
+    shard = plan_quantize(open_source(source), Recipe()).shards[0]
+    first, second = (on_cluster.convert_shard(shard, assignment) for _ in range(2))
+    paths = [assignment.folder.parent / record["staged"] for record in (first, second)]
+    assert not paths[0].samefile(paths[1])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert {**first, "staged": ""} == {**second, "staged": ""}
 
 
 def test_a_node_with_another_version_says_so(tmp_path):

@@ -1,4 +1,4 @@
-"""The compressed-tensors layout: that package accepts the config, picks the same modules and decompresses the same."""
+"""The compressed-tensors layout: that package accepts it, picks the same modules, decompresses the same."""
 
 import pytest
 import torch
@@ -129,7 +129,7 @@ def test_other_compressed_tensors_formats_are_refused(tmp_path, entry, got):
     source = data.write(tmp_path / "source", data.in_fp8(data.llama()).changed({}, **config))
     line = data.refusal(lambda: dequantize_checkpoint(source, tmp_path / "out"), source, tmp_path / "out")
     assert line == (
-        "config.json quantization_config: compressed-tensors checkpoint is not block FP8 (expected one config group "
-        f"with 8-bit float weights and strategy block, got {got}); "
+        "config.json quantization_config: compressed-tensors checkpoint is not block FP8 "
+        f"(expected one config group with 8-bit float weights and strategy block, got {got}); "
         "start from an unquantized (BF16) or block FP8 checkpoint"
     )

@@ -189,7 +189,8 @@ def test_a_scale_that_is_no_positive_number(tmp_path, value):
     scale[1, 0] = value
     quantized = data.in_fp8(data.llama()).changed({f"{Q}_scale_inv": scale})
     assert _refusal(tmp_path, quantized) == (
-        f"{Q}_scale_inv in model.safetensors: 1 scales are not positive finite numbers (got {value} at [1, 0])"
+        f"{Q}_scale_inv in model.safetensors: 1 scales are not positive finite numbers "
+        f"(got {value} at [1, 0])"
     )
 
 
@@ -226,13 +227,14 @@ def test_nothing_to_dequantize(tmp_path):
     [
         (
             {"quant_method": "fp8"},
-            "config.json quantization_config: FP8 checkpoint without block scales (per-tensor or per-channel) "
-            "(expected weight_block_size); start from the unquantized checkpoint",
+            "config.json quantization_config: FP8 checkpoint without block scales "
+            "(per-tensor or per-channel) (expected weight_block_size); start from the unquantized checkpoint",
         ),
         (
             {"quant_method": "awq"},
-            "config.json quantization_config: quantization method is not block FP8 (expected quant_method fp8 or "
-            "compressed-tensors, got 'awq'); start from an unquantized (BF16) or block FP8 checkpoint",
+            "config.json quantization_config: quantization method is not block FP8 "
+            "(expected quant_method fp8 or compressed-tensors, got 'awq'); "
+            "start from an unquantized (BF16) or block FP8 checkpoint",
         ),
         (
             {"quant_method": "fp8", "weight_block_size": [128]},

@@ -66,7 +66,8 @@ def test_an_index_that_leads_out_of_the_folder(source, path):
     (source.parent / "x.safetensors").write_bytes((source / FIRST).read_bytes())
     _change_index(source, lambda index: index["weight_map"].update({NORM: path}))
     assert _refusal(source) == (
-        f"{source}/{data.INDEX}: index names what is no safetensors file of this folder (got {NORM} -> {path!r})"
+        f"{source}/{data.INDEX}: index names what is no safetensors file of this folder "
+        f"(got {NORM} -> {path!r})"
     )
 
 

@@ -1,4 +1,4 @@
-"""What quantizing writes: every tensor bitwise that of the reference quantizer, whatever the shards, threads, strips."""
+"""What quantizing writes: bitwise what the reference quantizer says, whatever shards and threads."""
 
 import json
 
@@ -93,8 +93,8 @@ def test_fused_experts_of_an_unknown_model_type_are_kept(tmp_path):
     assert_bitwise_equal(got[name], model.tensors[name])
     assert "model.layers.0.mlp.experts" in _skip(tmp_path / "out")
     assert report.warnings == (
-        "model_type 'brand_new' is not known: only weights that are linear layers by their name are quantized; "
-        "--dry-run shows how many",
+        "model_type 'brand_new' is not known: only weights that are linear layers by their name are "
+        "quantized; --dry-run shows how many",
     )
 
 

@@ -1,4 +1,4 @@
-"""Random small checkpoints: round trips are exact, and damage of any kind ends in one clean line or in success."""
+"""Random small checkpoints: round trips are exact, and any damage ends in one clean line or in success."""
 
 import json
 import tempfile
@@ -17,7 +17,6 @@ from blockscale import (
     reference,
     verify_checkpoint,
 )
-from blockscale.errors import BlockscaleError
 from blockscale.testing.asserts import assert_bitwise_equal
 from tests import data
 
@@ -126,12 +125,9 @@ def test_any_damage_is_told_in_one_line_or_does_no_harm(damage, quantized):
             (source / name).write_bytes(raw)
         before = data.snapshot(source)
         convert = dequantize_checkpoint if quantized else quantize_checkpoint
-        for action in (inspect_checkpoint, verify_checkpoint, lambda source: convert(source, root / "out")):
-            try:
-                action(source)
-            except BlockscaleError as error:
-                assert str(error)
-                assert "\n" not in str(error)
+        lines = [data.told(inspect_checkpoint, source), data.told(verify_checkpoint, source)]
+        lines.append(data.told(convert, source, root / "out"))
+        assert all(line is None or (line and "\n" not in line) for line in lines)
         visible = [name for name in data.contents(root / "out") if not name.startswith(".blockscale/")]
         assert not visible or "config.json" in visible
         assert data.snapshot(source) == before
@@ -178,8 +174,8 @@ def test_any_quantization_config_is_understood_or_refused(entry):
             (source / "config.json").write_text(
                 json.dumps({"model_type": "llama", "quantization_config": entry})
             )
-            for action in (inspect_checkpoint, lambda source: dequantize_checkpoint(source, root / "out")):
-                try:
-                    action(source)
-                except BlockscaleError as error:
-                    assert "\n" not in str(error)
+            lines = [
+                data.told(inspect_checkpoint, source),
+                data.told(dequantize_checkpoint, source, root / "out"),
+            ]
+            assert all(line is None or (line and "\n" not in line) for line in lines)

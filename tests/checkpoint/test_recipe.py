@@ -1,4 +1,4 @@
-"""What is quantized and what is not: sources that are refused, patterns, non-finite weights, fused partners."""
+"""What is quantized and what is not: refused sources, patterns, non-finite weights, fused partners."""
 
 import json
 
@@ -104,7 +104,8 @@ def test_the_partners_of_an_excluded_projection_are_kept_too(tmp_path, pattern):
     }
     assert _skip(tmp_path / "out") == ["lm_head", *kept]
     assert report.warnings == (
-        f"{ATTENTION}q_proj.weight keeps its precision (excluded), so {ATTENTION}k_proj.weight and 1 more must too",
+        f"{ATTENTION}q_proj.weight keeps its precision (excluded), "
+        f"so {ATTENTION}k_proj.weight and 1 more must too",
     )
 
 
@@ -149,8 +150,8 @@ def test_an_unknown_model_type_gets_the_rule_by_names_and_a_warning(tmp_path):
     source = data.write(tmp_path / "source", model.changed(more))
     report = quantize_checkpoint(source, tmp_path / "out")
     assert report.warnings == (
-        "model_type 'brand_new' is not known: only weights that are linear layers by their name are quantized; "
-        "--dry-run shows how many",
+        "model_type 'brand_new' is not known: only weights that are linear layers by their name are "
+        "quantized; --dry-run shows how many",
     )
     assert _quantized(tmp_path / "out") == {
         name for name in model.tensors if "layers.0" in name and "_proj" in name

@@ -1,4 +1,4 @@
-"""Killed at any change to the disk, a run leaves nothing half-made and the same command ends in the same bytes."""
+"""Killed at any change to the disk, a run leaves nothing half-made; run again, it ends in the same bytes."""
 
 import json
 import shutil

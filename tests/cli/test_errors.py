@@ -11,21 +11,6 @@ import torch
 
 from tests import data
 
-OUT = "{}/out"
-INTERRUPT = """
-import os, signal, sys
-from blockscale.checkpoint import engine
-from blockscale.cli.main import main
-
-run_task, calls = engine.run_task, []
-
-def interrupting(task, *rest):
-    calls.append(task)
-    if len(calls) == int(sys.argv.pop()) if len(calls) == 1 else len(calls) == interrupting.at:
-        os.kill(os.getpid(), signal.SIGINT)
-    return run_task(task, *rest)
-"""
-
 
 @pytest.fixture
 def source(tmp_path):
@@ -42,31 +27,50 @@ def _one_line(result):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        (("frobnicate",), "frobnicate"),
+        (("--frobnicate",), "--frobnicate"),
+        (("quantize",), "src"),
+        (("quantize", "source"), "dst"),
+        (("quantize", "source", "out", "--frobnicate"), "--frobnicate"),
+        (("quantize", "source", "out", "more"), "more"),
+        (("quantize", "source", "out", "--scale-fmt", "e5m2"), "ue8m0"),
+        (("quantize", "source", "out", "--layout", "gguf"), "compressed-tensors"),
+        (("dequantize", "source", "out", "--dtype", "int8"), "bfloat16"),
+        (("dequantize", "source", "out", "--on-missing-scale", "ignore"), "keep"),
+        (("quantize", "source", "out", "--workers", "0"), "--workers"),
+        (("verify", "source", "--workers", "x"), "--workers"),
+        (("plan", "source", "--tp", "0"), "--tp"),
+        (("plan", "source", "--rate", "-1"), "--rate"),
+    ],
+)
+def test_a_command_line_that_cannot_be_understood(source, blockscale, monkeypatch, arguments, culprit):
+    """The wording is typer's; what matters is one line that names the culprit or the choices."""
+    monkeypatch.chdir(source.parent)
+    assert culprit in _one_line(blockscale(*arguments)).lower()
+    assert not (source.parent / "out").exists()
+
+
+def test_no_command_shows_the_help(blockscale):
+    code, out, err = blockscale()
+    assert code == 2
+    assert "quantize" in out + err
+    assert err.endswith("no command given\n")
+
+
+@pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((), "no command given"),
-        (("frobnicate",), "No such command 'frobnicate'."),
-        (("--frobnicate",), "No such option: --frobnicate"),
-        (("quantize",), "Missing argument 'SRC'."),
-        (("quantize", "SOURCE"), "Missing argument 'DST'."),
-        (("quantize", "SOURCE", "OUT", "--frobnicate"), "No such option: --frobnicate"),
-        (("quantize", "SOURCE", "OUT", "more"), "Got unexpected extra argument (more)"),
-        (
-            ("quantize", "SOURCE", "OUT", "--scale-fmt", "e5m2"),
-            "Invalid value for '--scale-fmt': 'e5m2' is not one of 'float32', 'ue8m0'.",
-        ),
-        (
-            ("dequantize", "SOURCE", "OUT", "--dtype", "int8"),
-            "Invalid value for '--dtype': 'int8' is not one of 'bfloat16', 'float16', 'float32'.",
-        ),
-        (("quantize", "SOURCE", "OUT", "--workers", "0"), "Invalid value for '--workers': 0 is not in the range x>=1."),
-        (("quantize", "SOURCE", "OUT", "--workers", "x"), "Invalid value for '--workers': 'x' is not a valid int"),
         (
             ("quantize", "SOURCE", "OUT", "--block-size", "128x"),
             "bad block size (expected two positive integers, as 128x128, got '128x')",
         ),
         (("quantize", "SOURCE", "OUT", "--recipe", "SOURCE/none.json"), "SOURCE/none.json: cannot be read: "),
-        (("quantize", "SOURCE", "OUT", "--recipe", "SOURCE/tokenizer.json"), "SOURCE/tokenizer.json: bad recipe: "),
+        (
+            ("quantize", "SOURCE", "OUT", "--recipe", "SOURCE/tokenizer.json"),
+            "SOURCE/tokenizer.json: bad recipe: ",
+        ),
         (("quantize", "SOURCE", "SOURCE"), "SOURCE: source and destination overlap; write to another folder"),
         (("quantize", "SOURCE", "SOURCE/config.json"), "SOURCE/config.json: "),
         (("quantize", "SOURCE/absent", "OUT"), "SOURCE/absent: no such folder"),
@@ -91,10 +95,7 @@ def test_one_line(source, blockscale, arguments, line):
     before = data.snapshot(source)
     places = {"SOURCE": str(source), "OUT": str(out)}
     spelled = [word.replace("SOURCE", places["SOURCE"]).replace("OUT", places["OUT"]) for word in arguments]
-    result = blockscale(*spelled)
-    if not arguments:  # the help is shown as well
-        result = (result[0], "", result[2].splitlines()[-1] + "\n")
-    got = _one_line(result)
+    got = _one_line(blockscale(*spelled))
     assert got.startswith(line.replace("SOURCE", str(source)))
     assert data.snapshot(source) == before
     assert not out.exists()
@@ -120,16 +121,25 @@ def test_a_non_finite_weight_and_a_missing_scale(tmp_path, blockscale):
     assert f"warning: {name}: no scale; kept as raw FP8" in err
 
 
-def test_a_tensor_name_with_escapes_and_brackets_stays_one_plain_line(tmp_path, blockscale):
-    name = "model.layers.0.[bold]\nx\x1b[31m.weight"
-    source = data.write(tmp_path / "source", data.in_fp8(data.llama()).changed({name: torch.ones(3).to(torch.float8_e4m3fn)}))
+def test_names_with_escapes_and_markup_are_printed_plainly(tmp_path, blockscale):
+    name, folder = "model.layers.0.[bold]\x1b[31m.weight", tmp_path / "[red] :smile: [/x]"
+    fp8 = data.in_fp8(data.llama()).changed({name: torch.ones(3).to(torch.float8_e4m3fn)})
+    source = data.write(folder, fp8.changed({}, model_type="[/b]\x1b[32m\ud800"))
     line = _one_line(blockscale("dequantize", source, tmp_path / "out"))
-    assert "[bold]" in line
-    assert "\x1b" not in line
+    assert "model.layers.0.[bold]\\x1b[31m.weight" in line
+    code, out, err = blockscale("inspect", source)
+    assert (code, err.count("\n")) == (0, 1)
+    assert "\x1b" not in out + err
+    assert out.startswith(f"{folder}: [/b]\\x1b[32m\\ud800, ")
+    assert "error: model.layers.0.[bold]\\x1b[31m.weight: FP8 weight without a scale" in out
 
 
 def _subprocess(*arguments, script=None):
-    command = [sys.executable, *(("-c", script) if script else ("-m", "blockscale.cli.main")), *map(str, arguments)]
+    command = [
+        sys.executable,
+        *(("-c", script) if script else ("-m", "blockscale.cli.main")),
+        *map(str, arguments),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -168,7 +178,7 @@ main()
 """
 
 
-@pytest.mark.parametrize(("call", "kept"), [(1, 0), (10, 1)])
+@pytest.mark.parametrize(("call", "kept"), [(1, 0), (16, 1)])
 def test_ctrl_c_ends_in_one_line_and_exit_code_130_and_can_be_resumed(tmp_path, blockscale, call, kept):
     source = data.write(tmp_path / "source", data.llama(layers=2), shards=3)
     out = tmp_path / "out"
