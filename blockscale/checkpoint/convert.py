@@ -53,7 +53,7 @@ class RunOptions:
     """How a conversion runs; nothing here changes the bytes of the result.
 
     Attributes:
-        workers: threads on this machine; None means one a core.
+        workers: threads on this machine; None means one a core and two more.
         device: "auto", "cpu" or "cuda"; auto takes a GPU that is there.
         overwrite: replace a checkpoint or an unfinished run of another plan at the destination.
         revision: branch, tag or commit of a Hub source.

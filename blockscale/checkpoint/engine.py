@@ -43,8 +43,9 @@ class ActiveShard:
 
 
 def default_workers() -> int:
-    """One thread a core this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """One thread for each core this process may use, and two more: some always wait for the disk."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 2
 
 
 def convert_shards(

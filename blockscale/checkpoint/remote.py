@@ -72,7 +72,7 @@ def holds(target: Source, staged: str, nbytes: int) -> bool:
 
 
 def publish(target: Source, staged: str, name: str, nbytes: int) -> bool:
-    """Give an uploaded file its final name, unless an earlier run has done that; False if it is in neither."""
+    """Give an uploaded file its final name, unless an earlier run has done that; False if it is gone."""
     final = target.path(name)
     if not holds(target, staged, nbytes):
         return target.exists(name) and target.size(name) == nbytes

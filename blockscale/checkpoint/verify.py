@@ -127,7 +127,7 @@ def verify_checkpoint(
     Args:
         dst: folder, Hub repository id or fsspec URL to verify.
         against: the source it was converted from, in either direction.
-        workers: threads; None means one a core.
+        workers: threads; None means one a core and two more.
         progress: told of totals, bytes read and tensors finished.
 
     Raises:

@@ -5,16 +5,13 @@ the shards. A shard is journaled after it is complete and synced. The commit is 
 file moves to its final name, config.json moves last, and the folder `.blockscale/` goes away at the end:
 killed at any moment, the same command goes on from what the journal says.
 
-A remote destination has its lock and journal in the local cache, in `~/.cache/blockscale/` (or
-`$XDG_CACHE_HOME/blockscale/`) under a name that depends on the URL alone, so that a later run finds them;
-each finished shard is uploaded to `DST/.blockscale/` (`remote`) and removed here.
+A remote destination has its lock and journal in the local cache (`journal`); each finished shard is uploaded
+to `DST/.blockscale/` (`remote`) and removed here.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -27,11 +24,11 @@ from typing import Any
 from blockscale.checkpoint import remote
 from blockscale.checkpoint.hub import hub_path
 from blockscale.checkpoint.index import parse_object
+from blockscale.checkpoint.journal import append_record, lock_folder, read_records, work_folder
 from blockscale.checkpoint.plan import CONFIG_NAME, MANIFEST_NAME
-from blockscale.checkpoint.remote import WORK_FOLDER
 from blockscale.checkpoint.source import Source, resolve, told
 from blockscale.checkpoint.writer import io_errors, sync_folder, write_synced
-from blockscale.errors import BlockscaleError, BusyError, CorruptCheckpointError
+from blockscale.errors import BlockscaleError, CorruptCheckpointError
 
 _OURS = (".safetensors", ".safetensors.index.json")
 
@@ -93,9 +90,9 @@ def open_workspace(dst: str | os.PathLike[str], digest: str, *, overwrite: bool)
         BlockscaleError: the destination has other content, or an unfinished run of another plan.
     """
     target = resolve_target(dst)
-    folder = _work_folder(target)
+    folder = work_folder(target)
     existed = folder.parent.exists()
-    lock = _lock(folder, target)
+    lock = lock_folder(folder, target)
     workspace = Workspace(target, folder)
     ours = False
     try:
@@ -107,7 +104,7 @@ def open_workspace(dst: str | os.PathLike[str], digest: str, *, overwrite: bool)
             shutil.rmtree(folder)
         elif not workspace.journal.exists():
             workspace.staging.mkdir(parents=True, exist_ok=True)
-            _append(workspace, {"plan": digest, "run": workspace.run})
+            append_record(workspace.journal, {"plan": digest, "run": workspace.run})
             _claim(workspace, overwrite)
         yield workspace
     except BaseException:
@@ -141,14 +138,14 @@ def record_shard(workspace: Workspace, file: str, record: dict[str, Any]) -> Non
 
     That is a path in the working folder, or a one-time name at a remote destination.
     """
-    _append(workspace, {"shard": file, "record": record})
+    append_record(workspace.journal, {"shard": file, "record": record})
     workspace.done[file] = record
 
 
 def commit(workspace: Workspace, files: list[str]) -> None:
     """Give every file its final name: what made the old model loadable goes first, config.json comes last."""
     if workspace.committing is None:
-        _append(workspace, {"commit": files})
+        append_record(workspace.journal, {"commit": files})
         workspace.committing = files
     target = workspace.target
     target.refresh()
@@ -223,35 +220,8 @@ def stage_file(workspace: Workspace, name: str, data: bytes) -> None:
     write_synced(workspace.staging / name, data)
 
 
-def _work_folder(target: Source) -> Path:
-    if target.is_local:
-        return Path(target.root) / WORK_FOLDER
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "blockscale" / hashlib.sha256(target.spec.rstrip("/").encode()).hexdigest()[:16]
-
-
-def _lock(folder: Path, target: Source) -> int:
-    where = target.spec if target.is_local else folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise BlockscaleError(f"cannot be written to: {error.strerror}", where=where) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A run that has just finished removes the folder: a lock on a removed file guards nothing.
-        if not (folder / "lock").exists() or os.fstat(lock).st_ino != os.stat(folder / "lock").st_ino:
-            raise BlockingIOError
-    except BlockingIOError as error:
-        os.close(lock)
-        raise BusyError(
-            "another run is writing here", where=target.spec, remedy="wait for it, or use another folder"
-        ) from error
-    return lock
-
-
 def _load_journal(workspace: Workspace, digest: str, overwrite: bool) -> None:
-    records = _read_journal(workspace.journal)
+    records = read_records(workspace.journal)
     if records and records[0].get("plan") != digest:
         if not overwrite:
             raise BlockscaleError(
@@ -299,33 +269,6 @@ def _sweep(workspace: Workspace) -> None:
         for folder in workspace.attempts.iterdir():
             if not any((workspace.folder / name).parent == folder for name in kept):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read_journal(path: Path) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    if not path.exists():
-        return records
-    good = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            record = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            # Torn by a kill in the middle of the write: nothing after it was recorded.
-            os.truncate(path, good)
-            break
-        records.append(record)
-        good += len(line)
-    return records
-
-
-def _append(workspace: Workspace, record: dict[str, Any]) -> None:
-    with io_errors(workspace.journal), open(workspace.journal, "ab") as file:
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(workspace.folder)
 
 
 def _check_vacant(workspace: Workspace, digest: str, overwrite: bool) -> None:

@@ -15,8 +15,9 @@ def command(src: options.Src, revision: options.Revision = None, json: options.J
     if json:
         console.print_json(found)
         return
-    model_type, count = console.printable(found.model_type), f"{found.parameters:,} parameters"
-    console.out.print(f"{found.source}: {model_type}, {count} in {found.files} files")
+    model_type = console.printable(found.model_type)
+    held = f"{found.parameters:,} parameters in {found.files} files"
+    console.out.print(f"{found.source}: {model_type}, {held}")
     table = Table()
     for heading in ("role", "dtype", "tensors", "parameters", "size"):
         table.add_column(heading, justify="left" if heading in ("role", "dtype") else "right")

@@ -12,7 +12,7 @@ Src = Annotated[
 ]
 Dst = Annotated[str, typer.Argument(help="Folder or fsspec URL for the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads; one a core by default.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads; by default one a core and two more.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace the checkpoint or unfinished run at DST.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
 Cluster = Annotated[str | None, typer.Option(help="Spread shards over a Ray cluster: auto, or its address.")]

@@ -103,7 +103,7 @@ def test_the_early_write_back_changes_nothing(source, out, tmp_path, monkeypatch
     quantize_checkpoint(source, tmp_path / "whole")
     monkeypatch.setattr(engine, "_FLUSH_BYTES", 0)
     calls = _count_calls(monkeypatch, source, out, os, "fdatasync")
-    assert calls > 10
+    assert calls > 3, "there were early write-backs"
     assert data.contents(out) == data.contents(tmp_path / "whole")
 
 
