@@ -49,7 +49,7 @@ class Steps:
 
 def die_after_records(last: int) -> None:
     """Die as soon as the journal has so many records."""
-    append, appended = workspace._append, []
+    append, appended = workspace.append_record, []
 
     def counting(*arguments: Any) -> None:
         append(*arguments)
@@ -57,7 +57,7 @@ def die_after_records(last: int) -> None:
         if len(appended) == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    workspace._append = counting
+    workspace.append_record = counting
 
 
 def convert(request: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from blockscale.checkpoint.plan import plan_quantize
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.source import open_source
 from blockscale.checkpoint.tasks import Job
-from blockscale.checkpoint.workspace import resolve_target
+from blockscale.checkpoint.workspace import open_workspace, record_shard, resolve_target
 from blockscale.errors import BlockscaleError, CorruptCheckpointError, NonFiniteError
 
 ray = pytest.importorskip("ray")
@@ -222,8 +222,11 @@ def test_uploads_of_nodes_are_found_though_listings_are_cached(cluster, tmp_path
     with pytest.raises(BlockscaleError, match="the line went dead"):
         quantize_checkpoint(folder, url)
     stores.Store.watch()
+    (journal,) = (tmp_path / "cache").glob("blockscale/*/journal.jsonl")
+    first = json.loads(journal.read_text().splitlines()[1])["record"]["staged"]
+    (tmp_path / "far" / ".blockscale" / first).unlink()
     # Going on lists what is there already, before the nodes add to it.
-    assert 2 <= quantize_checkpoint(folder, url, run=ON_RAY).resumed_shards < SHARDS
+    assert 1 <= quantize_checkpoint(folder, url, run=ON_RAY).resumed_shards < SHARDS
     assert data.contents(tmp_path / "far") == data.contents(tmp_path / "local")
 
 
@@ -267,6 +270,18 @@ def test_two_attempts_at_a_shard_share_no_file(tmp_path):
     assert not paths[0].samefile(paths[1])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert {**first, "staged": ""} == {**second, "staged": ""}
+
+
+def test_attempts_that_nobody_accepted_are_removed_by_the_next_run(tmp_path):
+    target = tmp_path / "result"
+    with open_workspace(target, "plan", overwrite=False) as workspace:
+        for attempt in ("attempts/node-1/a", "attempts/node-2/a"):
+            (workspace.folder / attempt).parent.mkdir(parents=True)
+            (workspace.folder / attempt).write_bytes(b"1")
+        record_shard(workspace, "a", {"size": 1, "sha256": {}, "staged": "attempts/node-2/a"})
+    with open_workspace(target, "plan", overwrite=False) as workspace:
+        assert workspace.done.keys() == {"a"}
+        assert [path.name for path in workspace.attempts.iterdir()] == ["node-2"]
 
 
 def test_a_node_with_another_version_says_so(tmp_path):

@@ -172,9 +172,13 @@ def test_a_failed_upload_is_taken_up_where_it_failed(source, expected, tmp_path,
     assert all(name.startswith(".blockscale/") for name in left)
     uploaded = len(left.keys() - {".blockscale/run.json"})
     assert 2 <= uploaded < SHARDS
-    Store.watch()
+    late = target / ".blockscale" / "of a lost machine"
+    late.write_bytes(b"late")
+    seen = []
+    Store.watch(lambda done, path: seen.append(late.exists()) if done == "put" else None)
     report = quantize_checkpoint(source, f"store://{target}")
     assert report.resumed_shards == uploaded
+    assert not any(seen)
     assert len(Store.names("put")) == len(expected) - uploaded
     assert _result(target) == expected
     assert data.contents(cache) == {}

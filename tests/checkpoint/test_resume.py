@@ -174,6 +174,15 @@ def test_a_torn_journal_line_counts_for_nothing(tmp_path, crash, sources, record
         assert answer["resumed"] == max(0, records - 2)
 
 
+def test_what_is_recorded_after_a_torn_line_counts(tmp_path, crash, sources):
+    source, folder = sources["quantize"], tmp_path / "run"
+    assert crash(source, folder, records=2) == {"killed": True}
+    journal = folder / ".blockscale" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-5])
+    assert crash(source, folder, records=1) == {"killed": True}
+    assert crash(source, folder)["resumed"] == 1
+
+
 def test_a_journaled_shard_that_somebody_removed_is_made_again(tmp_path, crash, sources):
     source = sources["quantize"]
     crash(source, tmp_path / "whole", recipe={})
