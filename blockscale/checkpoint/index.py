@@ -287,8 +287,3 @@ def _check_weight_map(weight_map: dict[str, str], tensors: dict[str, TensorEntry
             got=extra[0],
             remedy="rebuild the index: which tensors count is not for the converter to guess",
         )
-
-
-def count_parameters(index: CheckpointIndex) -> int:
-    """Elements of all tensors."""
-    return sum(math.prod(entry.shape) for entry in index.tensors.values())
