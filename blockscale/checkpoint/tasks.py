@@ -22,13 +22,13 @@ from blockscale.checkpoint.index import TensorEntry
 from blockscale.checkpoint.plan import Task
 from blockscale.checkpoint.recipe import SCALE_DTYPES
 from blockscale.checkpoint.source import Source
-from blockscale.checkpoint.writer import ShardFile, write_at
+from blockscale.checkpoint.writer import ShardFile, drop_cached, write_at
 from blockscale.errors import CorruptCheckpointError, NonFiniteError
 from blockscale.formats import E4M3_MAX, SAFETENSORS_DTYPES, ScaleFmt
 
 CHUNK_BYTES = 2 << 20
 # The kernel's own read-ahead (128 KiB) leaves the disk idle while a strip is computed.
-_AHEAD_BYTES = 32 << 20
+_AHEAD_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,13 @@ def _quantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[st
     rows, columns = task.source.shape[-2:]
     scale = torch.empty(scale_out.shape, dtype=torch.float32)
     grid = per_expert(scale)
+    buffer: torch.Tensor | None = None
     for expert, row, strip in strips(task.source, reader, block_n):
         scale_rows = grid[expert, row // block_n : math.ceil((row + strip.shape[0]) / block_n)]
+        # The first strip is the highest. One buffer for all keeps the heap from growing with the model.
+        buffer = torch.empty(strip.shape, dtype=torch.float8_e4m3fn) if buffer is None else buffer
         try:
-            codes = _quantize_strip(strip, scale_rows, task.block_size, job)
+            codes = _quantize_strip(strip, buffer[: strip.shape[0]], scale_rows, task.block_size, job)
         except NonFiniteError as error:
             raise nonfinite_of(task.source, reader) or error from None
         data = tensor_bytes(codes)
@@ -148,14 +151,13 @@ def _quantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[st
 
 
 def _quantize_strip(
-    strip: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], job: Job
+    strip: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], job: Job
 ) -> torch.Tensor:
     if job.device == "cpu":
-        codes = torch.empty(strip.shape, dtype=torch.float8_e4m3fn)
         return ops.quantize_weight(strip, block_size, job.scale_fmt, out=(codes, scale), threads=1)[0]
-    codes, found = ops.quantize_weight(strip.to(job.device), block_size, job.scale_fmt)
+    moved, found = ops.quantize_weight(strip.to(job.device), block_size, job.scale_fmt)
     scale.copy_(found)
-    return codes.cpu()
+    return codes.copy_(moved)
 
 
 def _dequantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:
@@ -169,15 +171,18 @@ def _dequantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[
     may_overflow = bool((scale * E4M3_MAX > torch.finfo(dtype).max).any())
     digest, (block_n, _) = hashlib.sha256(), task.block_size
     rows, columns = task.source.shape[-2:]
+    buffer: torch.Tensor | None = None
     for expert, row, strip in strips(task.source, reader, block_n):
         if refuse_nonfinite and ops.find_nonfinite(strip)[0]:
             raise nonfinite_of(task.source, reader) or AssertionError("the scan found none")
         scale_rows = grid[expert, row // block_n : math.ceil((row + strip.shape[0]) / block_n)]
+        buffer = torch.empty(strip.shape, dtype=dtype) if buffer is None else buffer
+        weight = buffer[: strip.shape[0]]
         if job.device == "cpu":
-            weight = ops.dequantize_weight(strip, scale_rows, task.block_size, dtype, threads=1)
+            ops.dequantize_weight(strip, scale_rows, task.block_size, dtype, out=weight, threads=1)
         else:
             moved = strip.to(job.device), scale_rows.to(job.device)
-            weight = ops.dequantize_weight(*moved, task.block_size, dtype).cpu()
+            weight.copy_(ops.dequantize_weight(*moved, task.block_size, dtype))
         if refuse_nonfinite and may_overflow and ops.find_nonfinite(weight)[0]:
             raise CorruptCheckpointError(
                 f"dequantized values are beyond the largest of {output.dtype}",
@@ -241,6 +246,7 @@ def _copy(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, s
 
 def _read_into(reader: Reader, buffer: torch.Tensor, offset: int) -> None:
     view: Any = tensor_bytes(buffer)
+    start, length = offset, len(view)
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(reader.fd, offset + _AHEAD_BYTES, len(view), os.POSIX_FADV_WILLNEED)
     while view:
@@ -250,6 +256,7 @@ def _read_into(reader: Reader, buffer: torch.Tensor, offset: int) -> None:
                 "file became shorter while it was read", where=reader.path, remedy="fetch the file again"
             )
         view, offset = view[count:], offset + count
+    drop_cached(reader.fd, start, length)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
