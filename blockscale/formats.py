@@ -59,6 +59,8 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype | None] = {
 }
 _SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items() if dtype is not None}
+# Where config.json says how a model is quantized; the second is an older spelling.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # What the quantizer takes as a high-precision weight, and the dequantizer gives back.
 HIGH_PRECISION = ("BF16", "F16", "F32")
 
@@ -74,19 +76,26 @@ def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype_bits(dtype) // 8
 
 
-def parse_scale_fmt(value: object) -> ScaleFmt:
-    """The scale format of a config value: absent or null, `float32`, `ue8m0` or its misspelling `uf8m0`."""
+def parse_scale_fmt(value: object, where: str | None = None) -> ScaleFmt:
+    """The scale format of a config value: absent or null, `float32`, `ue8m0` or its misspelling `uf8m0`.
+
+    Raises:
+        BlockscaleError: anything else; `where` says in the message which value it is.
+    """
     if value is None:
         return "float32"
     if isinstance(value, str) and value in _SCALE_FMT_SPELLINGS:
         return _SCALE_FMT_SPELLINGS[value]
-    raise BlockscaleError(
-        "unknown scale_fmt", expected=" | ".join(_SCALE_FMT_SPELLINGS) + " | null", got=repr(value)
-    )
+    accepted = " | ".join(_SCALE_FMT_SPELLINGS) + " | null"
+    raise BlockscaleError("unknown scale_fmt", where=where, expected=accepted, got=repr(value))
 
 
-def parse_block_size(value: object) -> tuple[int, int]:
-    """`"128x128"`, `"128"` (square) or a pair of integers, as (block_n, block_k)."""
+def parse_block_size(value: object, where: str | None = None) -> tuple[int, int]:
+    """`"128x128"`, `"128"` (square) or a pair of integers, as (block_n, block_k).
+
+    Raises:
+        BlockscaleError: anything else; `where` says in the message which value it is.
+    """
     pair: tuple[Any, ...] | None = None
     if isinstance(value, str) and re.fullmatch(r"\d+(x\d+)?", value):
         parts = [int(part) for part in value.split("x")]
@@ -94,7 +103,8 @@ def parse_block_size(value: object) -> tuple[int, int]:
     elif isinstance(value, (list, tuple)) and len(value) == 2:
         pair = tuple(value)
     if pair is None or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise BlockscaleError("bad block size", expected="two positive integers, as 128x128", got=repr(value))
+        expected = "two positive integers, as 128x128"
+        raise BlockscaleError("bad block size", where=where, expected=expected, got=repr(value))
     return pair[0], pair[1]
 
 
@@ -186,27 +196,30 @@ def parse_quantization_config(config: dict[str, Any]) -> Quantization | None:
     Raises:
         BlockscaleError: quantized, but not in a block FP8 format that is known here.
     """
-    entry = config.get("quantization_config") or config.get("compression_config")
-    if not entry:
+    key = next((key for key in QUANTIZATION_KEYS if config.get(key)), None)
+    if key is None:
         return None
+    entry, where = config[key], f"config.json {key}"
+    if not isinstance(entry, dict):
+        raise BlockscaleError("is not a JSON object", where=where, got=repr(entry))
     method = entry.get("quant_method")
     if method == "fp8":
         block = entry.get("weight_block_size")
         if block is None:
             raise BlockscaleError(
                 "FP8 checkpoint without block scales (per-tensor or per-channel)",
-                where="config.json quantization_config",
+                where=where,
                 expected="weight_block_size",
                 remedy="start from the unquantized checkpoint",
             )
-        skip = entry.get("modules_to_not_convert") or entry.get("ignored_layers") or ()
-        fmt = BlockFP8(parse_block_size(block), parse_scale_fmt(entry.get("scale_fmt")))
-        return Quantization("deepseek", fmt, tuple(sorted(skip)))
+        key = "modules_to_not_convert" if entry.get("modules_to_not_convert") else "ignored_layers"
+        fmt = BlockFP8(parse_block_size(block, where), parse_scale_fmt(entry.get("scale_fmt"), where))
+        return Quantization("deepseek", fmt, _parse_skip_list(entry.get(key), f"{where} {key}"))
     if method == "compressed-tensors":
-        return _parse_compressed_tensors(entry)
+        return _parse_compressed_tensors(entry, where)
     raise BlockscaleError(
         "quantization method is not block FP8",
-        where="config.json quantization_config",
+        where=where,
         expected="quant_method fp8 or compressed-tensors",
         got=repr(method),
         remedy="start from an unquantized (BF16) or block FP8 checkpoint",
@@ -250,17 +263,26 @@ def _compressed_tensors_config(fmt: BlockFP8, skip: tuple[str, ...]) -> dict[str
     return config.model_dump(mode="json", exclude_none=True)
 
 
-def _parse_compressed_tensors(entry: dict[str, Any]) -> Quantization:
-    groups = list((entry.get("config_groups") or {}).values())
-    weights = groups[0].get("weights") or {} if len(groups) == 1 else {}
+def _parse_compressed_tensors(entry: dict[str, Any], where: str) -> Quantization:
+    groups = entry.get("config_groups")
+    scheme = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
+    weights = scheme.get("weights") if isinstance(scheme, dict) else None
+    weights = weights if isinstance(weights, dict) else {}
     if (weights.get("type"), weights.get("num_bits"), weights.get("strategy")) != ("float", 8, "block"):
         raise BlockscaleError(
             "compressed-tensors checkpoint is not block FP8",
-            where="config.json quantization_config",
+            where=where,
             expected="one config group with 8-bit float weights and strategy block",
-            got=f"{len(groups)} groups, weights {weights or 'unknown'}",
+            got=f"{len(groups) if isinstance(groups, dict) else 'no'} groups, weights {weights or 'unknown'}",
             remedy="start from an unquantized (BF16) or block FP8 checkpoint",
         )
     # The layout has no key for the scale format; the scales themselves tell (`verify` and `inspect` look).
-    fmt = BlockFP8(parse_block_size(weights.get("block_structure")), "float32")
-    return Quantization("compressed-tensors", fmt, tuple(sorted(entry.get("ignore") or ())))
+    fmt = BlockFP8(parse_block_size(weights.get("block_structure"), where), "float32")
+    return Quantization("compressed-tensors", fmt, _parse_skip_list(entry.get("ignore"), f"{where} ignore"))
+
+
+def _parse_skip_list(value: object, where: str) -> tuple[str, ...]:
+    entries = [] if value is None else value
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise BlockscaleError("is not a list of module paths", where=where, got=repr(value))
+    return tuple(sorted(entries))

@@ -256,6 +256,13 @@ def read(folder: Path) -> Tensors:
     return tensors
 
 
+def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
+    """Apply `change` to the tensors of a single-file checkpoint."""
+    tensors = read(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 

@@ -1,7 +1,8 @@
-"""The few routes of the Hugging Face Hub that reading a model takes, served on loopback from memory."""
+"""The few routes of the Hugging Face Hub that reading and committing a model take, on loopback, in memory."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 Files = dict[str, bytes]
@@ -21,6 +23,7 @@ class Hub:
     Attributes:
         refs: (repository, revision) -> commit.
         commits: commit -> its files.
+        blobs: SHA-256 -> content of the large files that were uploaded, committed or not.
         refused: (route or file name) -> (status, X-Error-Code) to answer instead.
         asked: (route, file name, bytes sent) of every answer; the route of a byte range is "range".
         after: called with (route, file name) before an answer is sent, but after it was made.
@@ -29,6 +32,7 @@ class Hub:
     url: str = ""
     refs: dict[tuple[str, str], str] = field(default_factory=dict)
     commits: dict[str, Files] = field(default_factory=dict)
+    blobs: Files = field(default_factory=dict)
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     asked: list[tuple[str, str, int]] = field(default_factory=list)
     after: Callable[[str, str], None] = lambda route, name: None
@@ -106,6 +110,55 @@ class _Handler(BaseHTTPRequestHandler):
         found = {"info": lambda: _info(repo, commit), "tree": lambda: _tree(files, name)}[route]()
         self._send(200, json.dumps(found).encode(), {}, (route, name))
 
+    def do_POST(self) -> None:
+        path, body = urlsplit(self.path).path, self.rfile.read(int(self.headers["Content-Length"]))
+        route = next(name for name in (*_ANSWERS, "objects/batch", "commit") if name in path)
+        if route in self.served.refused:
+            self._refuse(*self.served.refused[route], (route, ""))
+            return
+        if route == "commit":
+            self._commit("/".join(path.split("/")[3:5]), unquote(path.split("/")[6]), body)
+            return
+        answer = _ANSWERS.get(route, self._batch)(json.loads(body))
+        self._send(200, json.dumps(answer).encode(), {}, (route, ""))
+
+    def do_PUT(self) -> None:
+        oid = self.path.rpartition("/")[2]
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if "put" in self.served.refused:
+            self._refuse(*self.served.refused["put"], ("put", oid))
+            return
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.served.blobs[oid] = content
+        self._send(200, b"", {}, ("put", oid))
+
+    def _batch(self, asked: dict[str, Any]) -> dict[str, Any]:
+        objects = [dict(entry) for entry in asked["objects"]]
+        for entry in objects:
+            if entry["oid"] not in self.served.blobs:
+                entry["actions"] = {"upload": {"href": f"{self.served.url}/lfs/{entry['oid']}"}}
+        return {"transfer": "basic", "objects": objects}
+
+    def _commit(self, repo: str, revision: str, body: bytes) -> None:
+        header, *operations = (json.loads(line) for line in body.splitlines())
+        head = self.served.refs[repo, revision]
+        if header["value"]["parentCommit"] != head:
+            self._refuse(412, "", ("commit", revision))
+            return
+        files = dict(self.served.commits[head])
+        for operation in operations:
+            value = operation["value"]
+            if operation["key"] == "deletedFile":
+                del files[value["path"]]
+            elif operation["key"] == "lfsFile":
+                files[value["path"]] = self.served.blobs[value["oid"]]
+            else:
+                files[value["path"]] = base64.b64decode(value["content"])
+        commit = self.served.push(repo, files, revision)
+        url = f"{self.served.url}/{repo}/commit/{commit}"
+        made = {"success": True, "commitOid": commit, "commitUrl": url}
+        self._send(200, json.dumps(made).encode(), {}, ("commit", revision))
+
     def _send_file(self, content: bytes, name: str) -> None:
         headers: dict[str, str] = {}
         status, asked = 200, self.headers.get("Range")
@@ -142,6 +195,30 @@ def _parse(path: str) -> tuple[str, str, str, str] | None:
     if parts[2:3] == ["resolve"]:
         return "resolve", "/".join(parts[:2]), unquote(parts[3]), unquote("/".join(parts[4:]))
     return None
+
+
+def _valid(asked: dict[str, Any]) -> dict[str, Any]:
+    return {"errors": [], "warnings": []}
+
+
+def _preupload(asked: dict[str, Any]) -> dict[str, Any]:
+    paths = [entry["path"] for entry in asked["files"]]
+    return {
+        "files": [
+            {
+                "path": path,
+                "uploadMode": "lfs" if path.endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for path in paths
+        ]
+    }
+
+
+_ANSWERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "validate-yaml": _valid,
+    "preupload": _preupload,
+}
 
 
 def _info(repo: str, commit: str) -> dict[str, object]:

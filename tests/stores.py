@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -25,8 +25,8 @@ class Store(AbstractFileSystem):
 
     protocol = "store"
     before: Hook | None = None
-    asked: list[tuple[str, str]] = []  # noqa: RUF012
-    nbytes: dict[str, int] = {}  # noqa: RUF012
+    asked: ClassVar[list[tuple[str, str]]] = []
+    nbytes: ClassVar[dict[str, int]] = {}
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import torch
 
+from blockscale.checkpoint.commit import commit
 from blockscale.checkpoint.engine import convert_shards, default_workers
 from blockscale.checkpoint.index import INDEX_NAME, read_index
+from blockscale.checkpoint.model_config import CONFIG_NAME
 from blockscale.checkpoint.plan import (
-    CONFIG_NAME,
     MANIFEST_NAME,
     ConversionPlan,
     ShardPlan,
@@ -33,14 +34,12 @@ from blockscale.checkpoint.plan import (
 )
 from blockscale.checkpoint.progress import Progress, Silent
 from blockscale.checkpoint.recipe import Recipe
-from blockscale.checkpoint.source import Source, copy_file, open_source
+from blockscale.checkpoint.source import Source, copy_file, open_source, resolve
 from blockscale.checkpoint.tasks import Job, nonfinite_of, open_reader
 from blockscale.checkpoint.workspace import (
     Workspace,
-    commit,
     finish_shard,
     open_workspace,
-    resolve_target,
     stage_file,
 )
 from blockscale.checkpoint.writer import io_errors
@@ -153,17 +152,16 @@ def run_plan(
     plan: ConversionPlan, source: Source, dst: str | os.PathLike[str], run: RunOptions, job: Job
 ) -> ConversionReport:
     """Carry out a plan; resumes what an earlier run of the same plan left."""
-    _refuse_same_place(source, resolve_target(dst))
+    _refuse_same_place(source, dst)
     started = time.monotonic()
-    with open_workspace(dst, plan.digest(), overwrite=run.overwrite) as workspace:
+    with open_workspace(dst, plan.digest(), plan.files, overwrite=run.overwrite) as workspace:
         resumed, complete = len(workspace.done), workspace.complete
-        if workspace.committing is None and not complete:
+        if not workspace.committing and not complete:
             _convert(plan, workspace, run, job)
-            files = _stage_rest(plan, source, workspace)
+            _stage_rest(plan, source, workspace)
             _check_unchanged(plan, source)
-            commit(workspace, files)
-        elif not complete:
-            commit(workspace, workspace.committing or [])
+        if not complete:
+            commit(workspace, plan.files)
     return ConversionReport(
         source=source.spec,
         destination=os.fspath(dst),
@@ -181,11 +179,16 @@ def run_plan(
 
 def _convert(plan: ConversionPlan, workspace: Workspace, run: RunOptions, job: Job) -> None:
     todo = [shard for shard in plan.shards if shard.file not in workspace.done]
-    finished = [shard for shard in plan.shards if shard.file in workspace.done]
-    run.progress.start(plan.input_bytes, sum(len(shard.tasks) for shard in plan.shards))
-    run.progress.advance(sum(s.input_bytes for s in finished), sum(len(s.tasks) for s in finished))
+    # What an earlier run did is not counted: its bytes would pass for the speed of this one.
+    run.progress.start(sum(s.input_bytes for s in todo), sum(len(s.tasks) for s in todo))
     _check_space(todo, workspace)
     if run.cluster is not None:
+        if workspace.repository is not None:
+            raise BlockscaleError(
+                "a cluster cannot write to a Hub repository",
+                where=workspace.target.spec,
+                remedy="write to a shared folder, then upload it: hf upload",
+            )
         from blockscale.checkpoint.cluster import convert_on_cluster
 
         convert_on_cluster(todo, workspace, job, run.cluster, run.workers, run.progress)
@@ -196,18 +199,16 @@ def _convert(plan: ConversionPlan, workspace: Workspace, run: RunOptions, job: J
     )
 
 
-def _stage_rest(plan: ConversionPlan, source: Source, workspace: Workspace) -> list[str]:
-    """Stage every file that is not a shard; returns the names of all files of the result."""
+def _stage_rest(plan: ConversionPlan, source: Source, workspace: Workspace) -> None:
+    """Stage every file that is not a shard."""
     files = {name: _stage_copy(workspace, source, name) for name in plan.carried}
     records = {shard.file: workspace.done[shard.file] for shard in plan.shards}
     tensors = {name: value for record in records.values() for name, value in record["sha256"].items()}
-    names = [shard.file for shard in plan.shards] + list(plan.carried)
     if plan.index_metadata is not None:
         weight_map = {name: file for file, record in records.items() for name in record["sha256"]}
         metadata = {**plan.index_metadata, "total_size": plan.output_bytes}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         files[INDEX_NAME] = _stage_json(workspace, INDEX_NAME, index)
-        names.append(INDEX_NAME)
     files[CONFIG_NAME] = _stage_json(workspace, CONFIG_NAME, plan.config)
     manifest = {
         "format_version": 1,
@@ -219,7 +220,6 @@ def _stage_rest(plan: ConversionPlan, source: Source, workspace: Workspace) -> l
         "tensors": dict(sorted(tensors.items())),
     }
     _stage_json(workspace, MANIFEST_NAME, manifest)
-    return [*names, MANIFEST_NAME, CONFIG_NAME]
 
 
 def _stage_copy(workspace: Workspace, source: Source, name: str) -> str:
@@ -261,7 +261,10 @@ def _device(device: str) -> str:
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _refuse_same_place(source: Source, target: Source) -> None:
+def _refuse_same_place(source: Source, dst: str | os.PathLike[str]) -> None:
+    if os.fspath(dst).startswith("hf://"):
+        return  # a commit leaves the source's files where they are
+    target = Source(os.fspath(dst), *resolve(os.fspath(dst)))
     if source.fs.protocol != target.fs.protocol:
         return
     a, b = (os.path.realpath(place.root) if place.is_local else place.root for place in (source, target))
@@ -272,14 +275,14 @@ def _refuse_same_place(source: Source, target: Source) -> None:
 
 
 def _check_space(todo: Sequence[ShardPlan], workspace: Workspace) -> None:
-    if not workspace.target.is_local:
-        return
+    if not workspace.waits_here:
+        return  # shards leave one by one
     needed = sum(output.nbytes for shard in todo for output in shard.outputs)
     free = shutil.disk_usage(workspace.folder).free
     if needed > free:
         raise BlockscaleError(
             "not enough disk space",
-            where=workspace.target.spec,
+            where=workspace.target.spec if workspace.target.is_local else workspace.folder,
             expected=f"{needed / 1e9:.2f} GB free",
             got=f"{free / 1e9:.2f} GB",
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 from blockscale.checkpoint.plan import ShardPlan, Task
 from blockscale.checkpoint.progress import Progress
-from blockscale.checkpoint.tasks import Job, open_reader, run_task
+from blockscale.checkpoint.tasks import Job, Reader, open_reader, run_task
 from blockscale.checkpoint.writer import ShardFile, close_shard, flush, open_shard
 
 # Early write-back keeps the disk busy while the CPU works, instead of all at once in the final sync.
@@ -37,6 +37,7 @@ class ActiveShard:
     """A shard whose tasks are under way; `inputs` closes the source file and removes a staged copy of it."""
 
     plan: ShardPlan
+    reader: Reader
     output: ShardFile
     futures: list[Future[dict[str, str]]]
     inputs: ExitStack
@@ -92,7 +93,8 @@ def convert_shards(
 
         try:
             for plan in shards:
-                active.append(_start_shard(plan, staging, running, pool, lambda: progress.advance(0, 1)))
+                active.append(_open_pair(plan, staging, job))
+                _submit_tasks(active[-1], running, pool, lambda: progress.advance(0, 1))
                 if len(active) == _OPEN_SHARDS:
                     complete()
             while active:
@@ -131,20 +133,21 @@ def _make_tick(
     return tick
 
 
-def _start_shard(
-    plan: ShardPlan, staging: Path, job: Job, pool: ThreadPoolExecutor, done: Callable[[], None]
-) -> ActiveShard:
+def _open_pair(plan: ShardPlan, staging: Path, job: Job) -> ActiveShard:
     with ExitStack() as stack:
         path = stack.enter_context(job.source.local_file(plan.source_file, staging / "source"))
         reader = stack.enter_context(open_reader(path))
         output = open_shard(staging / plan.file, plan.outputs, plan.metadata)
+        return ActiveShard(plan, reader, output, [], stack.pop_all())
 
-        def work(task: Task) -> dict[str, str]:
-            hashes = run_task(task, reader, output, job)
-            done()
-            return hashes
 
-        return ActiveShard(plan, output, [pool.submit(work, task) for task in plan.tasks], stack.pop_all())
+def _submit_tasks(shard: ActiveShard, job: Job, pool: ThreadPoolExecutor, done: Callable[[], None]) -> None:
+    def work(task: Task) -> dict[str, str]:
+        hashes = run_task(task, shard.reader, shard.output, job)
+        done()
+        return hashes
+
+    shard.futures.extend(pool.submit(work, task) for task in shard.plan.tasks)
 
 
 def _await_shard(shard: ActiveShard) -> Record:

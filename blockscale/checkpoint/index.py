@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from blockscale.checkpoint.source import Source
@@ -83,7 +84,7 @@ def read_index(source: Source) -> CheckpointIndex:
     headers: dict[str, Header] = {}
     tensors: dict[str, TensorEntry] = {}
     for file in files:
-        header = read_header(lambda start, length, f=file: source.read(f, start, length), sizes[file], file)  # type: ignore[misc]
+        header = read_header(partial(source.read, file), sizes[file], file)
         headers[file] = header
         for entry in header.entries:
             if entry.name in tensors:
@@ -142,8 +143,8 @@ def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            keys = [key for key, _ in pairs]
+            twice = next(key for place, key in enumerate(keys) if key in keys[:place])
             raise CorruptCheckpointError("duplicate key", where=where, got=repr(twice))
         return result
 

@@ -7,12 +7,13 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from blockscale.checkpoint.decide import FP8, scale_of
 from blockscale.checkpoint.families import family_of
 from blockscale.checkpoint.index import CheckpointIndex, read_index
+from blockscale.checkpoint.model_config import read_config
 from blockscale.checkpoint.names import role_of
-from blockscale.checkpoint.plan import read_config, signatures
+from blockscale.checkpoint.plan import signatures
 from blockscale.checkpoint.problems import Problem, structural_problems
-from blockscale.checkpoint.recipe import FP8, scale_of
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.checkpoint.tasks import read_scale
 from blockscale.errors import CorruptCheckpointError

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from blockscale.checkpoint.decide import FP8, Decisions, Signature, decide_dequantize, decide_quantize
 from blockscale.checkpoint.families import family_of, stored_block_size
 from blockscale.checkpoint.index import (
+    INDEX_NAME,
     SINGLE_NAME,
     CheckpointIndex,
     Header,
     TensorEntry,
-    parse_object,
     read_index,
 )
-from blockscale.checkpoint.recipe import (
-    FP8,
-    Decisions,
-    Recipe,
-    Signature,
-    decide_dequantize,
-    decide_quantize,
+from blockscale.checkpoint.model_config import (
+    CONFIG_NAME,
+    read_config,
+    with_kept_fp8,
+    without_quantization,
 )
+from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
 from blockscale.formats import (
@@ -41,19 +41,11 @@ from blockscale.formats import (
 )
 from blockscale.version import __version__
 
-CONFIG_NAME = "config.json"
 MANIFEST_NAME = "blockscale.json"
+# Weights in other formats: they are another copy of the model, not a part of it.
 _WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".pkl",
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".pkl"),
+    *(".onnx", ".onnx_data", ".ot", ".tflite"),
 )
 
 
@@ -139,6 +131,13 @@ class ConversionPlan:
     def output_bytes(self) -> int:
         return sum(output.nbytes for shard in self.shards for output in shard.outputs)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file of the result, config.json last."""
+        index = () if self.index_metadata is None else (INDEX_NAME,)
+        shards = (shard.file for shard in self.shards)
+        return (*shards, *self.carried, *index, MANIFEST_NAME, CONFIG_NAME)
+
     def counts(self) -> dict[str, int]:
         """Tensors per action."""
         actions = [decision.action for decision in self.decisions.by_name.values()]
@@ -162,48 +161,6 @@ class ConversionPlan:
 def signatures(index: CheckpointIndex) -> dict[str, Signature]:
     """Name -> (dtype, shape) of every tensor."""
     return {name: (entry.dtype, entry.shape) for name, entry in index.tensors.items()}
-
-
-def read_config(source: Source) -> dict[str, Any]:
-    """Parse config.json of a checkpoint.
-
-    Raises:
-        BlockscaleError: it is absent or not a JSON object.
-    """
-    where = f"{source.spec}/{CONFIG_NAME}"
-    if not source.exists(CONFIG_NAME):
-        raise BlockscaleError("no config.json", where=where, remedy="fetch it: it says which model this is")
-    return parse_config(source.read(CONFIG_NAME), where)
-
-
-def parse_config(raw: bytes, where: str) -> dict[str, Any]:
-    """Parse the bytes of a config.json; what they say of a quantization must be an object."""
-    config = parse_object(raw, where)
-    for key in ("quantization_config", "compression_config"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise CorruptCheckpointError(f"{key} is not a JSON object", where=where, got=repr(config[key]))
-    return config
-
-
-def quantization_of(config: dict[str, Any]) -> Quantization | None:
-    """What a parsed config.json says of its quantization; None if the model is not quantized.
-
-    Raises:
-        BlockscaleError: not block FP8, or an entry of a wrong JSON type.
-    """
-    try:
-        found = parse_quantization_config(config)
-    except (AttributeError, TypeError) as error:
-        raise CorruptCheckpointError(
-            "an entry has a wrong type", where="config.json quantization_config", got=error
-        ) from error
-    if found is not None and not all(isinstance(entry, str) for entry in found.skip):
-        raise CorruptCheckpointError(
-            "skip list is not a list of module paths",
-            where="config.json quantization_config",
-            got=list(found.skip),
-        )
-    return found
 
 
 def plan_quantize(
@@ -249,7 +206,7 @@ def plan_dequantize(
         raise BlockscaleError("unknown dtype", expected=" | ".join(HIGH_PRECISION), got=repr(dtype))
     index = read_index(source)
     config = read_config(source)
-    quantization = quantization_of(config)
+    quantization = parse_quantization_config(config)
     decisions = decide_dequantize(signatures(index), config, quantization, on_missing_scale=on_missing_scale)
     assert quantization is not None
     block, family = quantization.fmt.block_size, family_of(config)
@@ -269,8 +226,7 @@ def plan_dequantize(
     for key in ("dtype", "torch_dtype"):
         if key in result:
             result[key] = torch_name
-    if decisions.skip:
-        result["blockscale"] = {"kept_fp8_without_scale": list(decisions.skip)}
+    result = with_kept_fp8(result, decisions.skip)
     options = {"dtype": dtype, "on_missing_scale": on_missing_scale}
     return _assemble("dequantize", source, index, task, result, options, decisions)
 
@@ -279,7 +235,15 @@ def _copy(entry: TensorEntry) -> Task:
     return Task("copy", entry, (OutputTensor(entry.name, entry.dtype, entry.shape),))
 
 
-def _assemble(command, source, index, task, config, options, decisions) -> ConversionPlan:  # type: ignore[no-untyped-def]
+def _assemble(
+    command: Literal["quantize", "dequantize"],
+    source: Source,
+    index: CheckpointIndex,
+    task: Callable[[TensorEntry], Task | None],
+    config: dict[str, Any],
+    options: dict[str, Any],
+    decisions: Decisions,
+) -> ConversionPlan:
     shards = []
     for file, header in index.headers.items():
         tasks = tuple(made for entry in header.entries if (made := task(entry)) is not None)
@@ -303,12 +267,3 @@ def _shard_metadata(header: Header) -> dict[str, str]:
 def _is_carried(name: str) -> bool:
     weights = name.endswith(_WEIGHT_SUFFIXES) or name.endswith(".index.json")
     return not weights and name not in (CONFIG_NAME, MANIFEST_NAME)
-
-
-def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """A config.json without what it says of a quantization."""
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in ("quantization_config", "compression_config")
-    }

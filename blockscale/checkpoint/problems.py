@@ -11,20 +11,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from blockscale.checkpoint.decide import FP8, SCALE_DTYPES, Signature, scale_of, skip_entry
 from blockscale.checkpoint.families import family_of, stored_block_size
 from blockscale.checkpoint.index import CheckpointIndex
+from blockscale.checkpoint.model_config import kept_fp8
 from blockscale.checkpoint.names import keep_reason, role_of, sharing_groups
-from blockscale.checkpoint.plan import quantization_of, signatures
-from blockscale.checkpoint.recipe import FP8, SCALE_DTYPES, Signature, scale_of, skip_entry
+from blockscale.checkpoint.plan import signatures
 from blockscale.errors import BlockscaleError
 from blockscale.formats import (
     Quantization,
     module_path,
+    parse_quantization_config,
     scale_name,
     scale_shape,
     scaled_weight_name,
 )
 
+_RAW = "raw FP8 without a scale, kept on request: not usable as a weight"
 _NEVER_FP8 = ("embedding", "head", "norm", "router", "mtp_projection", "vision")
 
 
@@ -47,13 +50,16 @@ def structural_problems(
     tensors = signatures(index)
     fp8 = [name for name, (dtype, _) in tensors.items() if dtype == FP8]
     try:
-        quantization = quantization_of(config)
+        quantization = parse_quantization_config(config)
     except BlockscaleError as error:
         return None, [Problem("error", "config.json", str(error))]
     problems = _index_problems(index)
     if quantization is None:
-        if fp8:
-            text = f"{len(fp8)} FP8 tensors but no quantization_config, such as {fp8[0]}"
+        kept = kept_fp8(config)
+        problems += [Problem("warning", n, _RAW) for n in fp8 if module_path(n) in kept]
+        told = [name for name in fp8 if module_path(name) not in kept]
+        if told:
+            text = f"{len(told)} FP8 tensors but no quantization_config, such as {told[0]}"
             problems.append(Problem("error", "config.json", text))
         return None, problems
     if not fp8:

@@ -6,11 +6,13 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from blockscale.checkpoint.decide import FP8, Signature, decide_quantize
 from blockscale.checkpoint.families import family_of, mtp_prefixes, stored_block_size
 from blockscale.checkpoint.index import read_index
+from blockscale.checkpoint.model_config import parse_config, read_config, without_quantization
 from blockscale.checkpoint.names import role_of
-from blockscale.checkpoint.plan import parse_config, read_config, signatures, without_quantization
-from blockscale.checkpoint.recipe import FP8, Recipe, Signature, decide_quantize
+from blockscale.checkpoint.plan import signatures
+from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.shapes import parameters_of
 from blockscale.checkpoint.source import open_source
 from blockscale.errors import BlockscaleError

@@ -222,8 +222,14 @@ def _opened(text: str, fs: Any, root: str, pinned: bool = False) -> Source:
 
 
 def _walk_local(root: str) -> Iterator[tuple[str, int]]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    seen = {os.path.realpath(root)}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        # A link to a folder is part of the checkpoint, once: it may lead back to where it is.
+        paths = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+        folders[:] = [
+            name for name in sorted(folders) if not name.startswith(".") and paths[name] not in seen
+        ]
+        seen.update(paths[name] for name in folders)
         for name in names:
             path = os.path.join(folder, name)
             relative = os.path.relpath(path, root).replace(os.sep, "/")

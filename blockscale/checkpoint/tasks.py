@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 
 from blockscale import ops
+from blockscale.checkpoint.decide import SCALE_DTYPES
 from blockscale.checkpoint.index import TensorEntry
 from blockscale.checkpoint.plan import Task
-from blockscale.checkpoint.recipe import SCALE_DTYPES
 from blockscale.checkpoint.source import Source
 from blockscale.checkpoint.writer import ShardFile, drop_cached, write_at
 from blockscale.errors import CorruptCheckpointError, NonFiniteError

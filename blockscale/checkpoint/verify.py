@@ -1,14 +1,8 @@
 """Read every byte of a checkpoint back and prove that it is what it should be.
 
 Checked are: headers, index and config.json (`problems`), SHA-256 of every tensor and file against the
-manifest, scales (positive, finite, powers of two under ue8m0), codes (no NaN), and against the source:
-tensors that were copied are equal, FP8 weights are the source's values rounded to the nearest code. Rounding
-x to E4M3 codes of scale s is off by at most half a step,
-
-    |dequantized - x| <= s * max(2**(floor(log2(|x| / s)) - 4), 2**-10)
-
-(three mantissa bits; subnormal steps of 2**-9), up to float32 rounding of the division and the product.
-A code that is one too high or low is beyond it.
+manifest, scales (positive, finite, powers of two under ue8m0), codes (no NaN), and every tensor against the
+source it was made from (`compare`).
 """
 
 from __future__ import annotations
@@ -26,40 +20,18 @@ from typing import Any
 import torch
 
 from blockscale import ops
+from blockscale.checkpoint.compare import Side, TensorError, compare, open_side
+from blockscale.checkpoint.decide import FP8, scale_of
 from blockscale.checkpoint.engine import default_workers
-from blockscale.checkpoint.families import family_of, stored_block_size
-from blockscale.checkpoint.index import CheckpointIndex, TensorEntry, parse_object, read_index
+from blockscale.checkpoint.index import TensorEntry, parse_object
 from blockscale.checkpoint.inspect import scale_names, scale_value_problems
-from blockscale.checkpoint.plan import MANIFEST_NAME, quantization_of, read_config
+from blockscale.checkpoint.plan import MANIFEST_NAME
 from blockscale.checkpoint.problems import Problem, structural_problems
 from blockscale.checkpoint.progress import Progress, Silent
-from blockscale.checkpoint.recipe import FP8, scale_of
-from blockscale.checkpoint.source import Source, open_source
-from blockscale.checkpoint.tasks import (
-    Reader,
-    chunks,
-    open_reader,
-    per_expert,
-    read_codes,
-    read_scale,
-    strips,
-    tensor_bytes,
-)
+from blockscale.checkpoint.source import Source
+from blockscale.checkpoint.tasks import Reader, chunks, open_reader, tensor_bytes
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
-from blockscale.formats import HIGH_PRECISION, scaled_weight_name
-
-# Two float32 roundings (division, product), each up to 2**-19 of the half step, on top of it.
-_ROUNDING_SLACK = 1 + 2.0**-17
-_EXPONENT_BITS = 0x7F800000
-
-
-@dataclass(frozen=True)
-class TensorError:
-    """Error of one FP8 weight: relative (Frobenius), and the largest single one over its bound."""
-
-    name: str
-    relative: float
-    worst_over_bound: float
+from blockscale.formats import scaled_weight_name
 
 
 @dataclass(frozen=True)
@@ -94,27 +66,6 @@ class Verification:
         return math.sqrt(sum(error.relative**2 for error in self.errors) / len(self.errors))
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One checkpoint of a comparison: where it is, what it holds, and how its FP8 weights are blocked."""
-
-    source: Source
-    index: CheckpointIndex
-    config: dict[str, Any]
-    block_size: tuple[int, int] | None
-
-    def scale(self, entry: TensorEntry) -> torch.Tensor:
-        name = scale_of(entry.name, self.index.tensors)
-        if name is None:
-            raise CorruptCheckpointError("FP8 weight without a scale", where=entry.name)
-        return read_scale(self.index.tensors[name], self.source)
-
-    def stored_block(self, entry: TensorEntry) -> tuple[int, int]:
-        if self.block_size is None:
-            raise BlockscaleError("cannot be compared", where=entry.name, expected="block FP8 in config.json")
-        return stored_block_size(self.block_size, entry.shape, family_of(self.config))
-
-
 def verify_checkpoint(
     dst: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
@@ -133,8 +84,8 @@ def verify_checkpoint(
     Raises:
         BlockscaleError: there is nothing to verify, or a file contradicts its header.
     """
-    side = _open_side(dst)
-    other = _open_side(against) if against is not None else None
+    side = open_side(dst)
+    other = open_side(against) if against is not None else None
     manifest = _read_manifest(side.source)
     quantization, problems = structural_problems(side.index, side.config)
     problems += _set_problems(side, other, manifest)
@@ -180,16 +131,6 @@ def verify_checkpoint(
 _Readers = dict[tuple[str, str], Reader]
 
 
-def _open_side(spec: str | os.PathLike[str]) -> _Side:
-    source = open_source(spec)
-    config = read_config(source)
-    try:
-        quantization = quantization_of(config)
-    except BlockscaleError:
-        quantization = None
-    return _Side(source, read_index(source), config, quantization.fmt.block_size if quantization else None)
-
-
 def _read_manifest(source: Source) -> dict[str, Any] | None:
     if not source.exists(MANIFEST_NAME):
         return None
@@ -206,7 +147,7 @@ def _weight(scale: str) -> str:
     return weight
 
 
-def _set_problems(side: _Side, other: _Side | None, manifest: dict[str, Any] | None) -> list[Problem]:
+def _set_problems(side: Side, other: Side | None, manifest: dict[str, Any] | None) -> list[Problem]:
     """Tensors and files that are missing or too many, and files whose checksum is wrong."""
     problems = []
     names = set(side.index.tensors)
@@ -234,7 +175,7 @@ def _set_problems(side: _Side, other: _Side | None, manifest: dict[str, Any] | N
     return sorted(problems, key=lambda problem: problem.where)
 
 
-def _open_files(side: _Side, other: _Side | None, file: str, staging: Path, stack: ExitStack) -> _Readers:
+def _open_files(side: Side, other: Side | None, file: str, staging: Path, stack: ExitStack) -> _Readers:
     """Open a shard and the files of the other side that hold the same tensors."""
     wanted = [(side, file)]
     if other is not None:
@@ -252,7 +193,7 @@ def _open_files(side: _Side, other: _Side | None, file: str, staging: Path, stac
 def _check_tensor(
     entry: TensorEntry,
     readers: _Readers,
-    sides: tuple[_Side, _Side | None],
+    sides: tuple[Side, Side | None],
     digest: str | None,
     broken: set[str],
     progress: Progress,
@@ -271,11 +212,12 @@ def _check_tensor(
     twin = other.index.tensors.get(entry.name) if other is not None else None
     # What is known to be wrong already would only be told again, in other words.
     known = nan or broken & {entry.name, scale_of(entry.name, side.index.tensors)}
-    known = known or (entry.dtype == FP8 and side.block_size is None)
+    raw = twin is not None and twin.dtype == FP8  # without a block size, FP8 can still equal FP8
+    known = known or (entry.dtype == FP8 and side.block_size is None and not raw)
     if twin is not None and other is not None and not known:
         try:
             twin_reader = readers[other.source.spec, twin.file]
-            message, deviation = _compare(entry, reader, side, twin, twin_reader, other)
+            message, deviation = compare(entry, reader, side, twin, twin_reader, other)
         except BlockscaleError as error:
             message = str(error)
         if message is not None:
@@ -292,72 +234,3 @@ def _hash_and_count_nan(entry: TensorEntry, reader: Reader, progress: Progress) 
             nan += ops.find_nonfinite(part.view(torch.float8_e4m3fn))[0]
         progress.advance(part.nbytes, 0)
     return digest.hexdigest(), nan
-
-
-def _compare(
-    entry: TensorEntry, reader: Reader, side: _Side, twin: TensorEntry, twin_reader: Reader, other: _Side
-) -> tuple[str | None, TensorError | None]:
-    """Compare a tensor with its twin in the source; returns (what is wrong, error of an FP8 weight)."""
-    if entry.shape != twin.shape:
-        return f"shape differs from the source: expected {list(twin.shape)}, got {list(entry.shape)}", None
-    if entry.dtype == twin.dtype:
-        pairs = zip(chunks(entry, reader), chunks(twin, twin_reader), strict=True)
-        if not all(torch.equal(a, b) for a, b in pairs):
-            return f"differs from the source ({entry.dtype} in both)", None
-        return None, None
-    if entry.dtype == FP8 and twin.dtype in HIGH_PRECISION:
-        return _compare_quantized(entry, reader, side, twin, twin_reader)
-    if entry.dtype in HIGH_PRECISION and twin.dtype == FP8:
-        return _compare_dequantized(entry, reader, twin, twin_reader, other), None
-    return f"dtype is {entry.dtype}, which no conversion makes of {twin.dtype}", None
-
-
-def _compare_quantized(
-    entry: TensorEntry, reader: Reader, side: _Side, twin: TensorEntry, twin_reader: Reader
-) -> tuple[str | None, TensorError | None]:
-    scale, block = side.scale(entry), side.stored_block(entry)
-    grid = per_expert(scale)
-    squared_error = squared = worst = 0.0
-    beyond: tuple[int, list[int]] | None = None
-    for expert, row, strip in strips(twin, twin_reader, block[0]):
-        rows, columns = strip.shape
-        if not strip.numel():
-            continue
-        start = entry.start + (expert * entry.shape[-2] + row) * columns
-        codes = read_codes(reader, start, rows, columns)
-        part = grid[expert, row // block[0] : math.ceil((row + rows) / block[0])]
-        exact = strip.float()
-        error = ops.dequantize_weight(codes, part, block, torch.float32, threads=1).sub_(exact).abs_()
-        squared_error += float(error.square().sum(dtype=torch.float64))
-        squared += float(exact.square().sum(dtype=torch.float64))
-        scales = part.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-        binade = (exact.abs_() / scales).view(torch.int32).bitwise_and_(_EXPONENT_BITS).view(torch.float32)
-        over = error / binade.mul_(2.0**-4).clamp_min_(2.0**-10).mul_(scales)
-        highest, at = float(over.max()), int(over.argmax())
-        if not highest <= worst:
-            worst = highest
-            beyond = (expert, [row + at // columns, at % columns])
-    relative = math.sqrt(squared_error / squared) if squared else math.sqrt(squared_error)
-    message = None
-    if not worst <= _ROUNDING_SLACK:
-        assert beyond is not None
-        place = beyond[1] if len(entry.shape) == 2 else [beyond[0], *beyond[1]]
-        message = f"is not the source rounded to its codes: error at {place} is {worst:.4g} times half a step"
-    return message, TensorError(entry.name, relative, worst) if math.isfinite(relative + worst) else None
-
-
-def _compare_dequantized(
-    entry: TensorEntry, reader: Reader, twin: TensorEntry, twin_reader: Reader, other: _Side
-) -> str | None:
-    scale, block = other.scale(twin), other.stored_block(twin)
-    grid = per_expert(scale)
-    for expert, row, strip in strips(entry, reader, block[0]):
-        rows, columns = strip.shape
-        codes = read_codes(twin_reader, twin.start + (expert * twin.shape[-2] + row) * columns, rows, columns)
-        part = grid[expert, row // block[0] : math.ceil((row + rows) / block[0])]
-        expected = ops.dequantize_weight(codes, part, block, strip.dtype, threads=1)
-        if not torch.equal(expected.view(torch.uint8), strip.contiguous().view(torch.uint8)):
-            at = int((expected.view(torch.uint8) != strip.view(torch.uint8)).flatten().byte().argmax())
-            where = [row + at // (columns * strip.itemsize), at // strip.itemsize % columns]
-            return f"is not the dequantized source: first difference at {where}"
-    return None

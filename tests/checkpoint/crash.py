@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from blockscale import Recipe, RunOptions, dequantize_checkpoint, ops, quantize_checkpoint
-from blockscale.checkpoint import engine, workspace
+from blockscale.checkpoint import commit, engine, workspace
 from blockscale.errors import BlockscaleError
 
 CHANGES = ("pwrite", "fsync", "replace", "remove", "unlink", "rmdir", "mkdir", "truncate")
@@ -57,7 +57,7 @@ def die_after_records(last: int) -> None:
         if len(appended) == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    workspace.append_record = counting
+    workspace.append_record = commit.append_record = counting
 
 
 def convert(request: dict[str, Any]) -> dict[str, Any]:

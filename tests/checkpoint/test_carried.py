@@ -16,6 +16,10 @@ OTHER_WEIGHTS = (
     "tf_model.h5",
     "flax_model.msgpack",
     "m.onnx",
+    "m.onnx_data",
+    "weights.npz",
+    "rust_model.ot",
+    "m.tflite",
 )
 
 
@@ -44,6 +48,18 @@ def test_links_are_carried_as_the_files_they_lead_to(source, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == data.CARRIED["tokenizer.json"]
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     assert verify_checkpoint(tmp_path / "out", source).ok
+
+
+def test_links_to_folders_are_followed_once(source, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "page.md").write_bytes(b"text")
+    (tmp_path / "elsewhere" / "back").symlink_to(source)
+    (source / "docs").symlink_to(tmp_path / "elsewhere")
+    (source / "loop").symlink_to(".")
+    quantize_checkpoint(source, tmp_path / "out")
+    got = data.contents(tmp_path / "out")
+    assert got["docs/page.md"] == b"text"
+    assert not any(name.startswith(("docs/back", "loop")) for name in got)
 
 
 def test_weights_of_other_formats_and_hidden_files_stay_behind(source, tmp_path):

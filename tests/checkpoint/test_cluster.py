@@ -10,10 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import data
-import gate
 import pytest
-import stores
 
 from blockscale import dequantize_checkpoint, quantize_checkpoint
 from blockscale.checkpoint import cluster as on_cluster
@@ -24,6 +21,7 @@ from blockscale.checkpoint.source import open_source
 from blockscale.checkpoint.tasks import Job
 from blockscale.checkpoint.workspace import open_workspace, record_shard, resolve_target
 from blockscale.errors import BlockscaleError, CorruptCheckpointError, NonFiniteError
+from tests import data, gate, stores
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.cluster
@@ -44,7 +42,7 @@ def cluster():
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.delenv("RAY_ADDRESS", raising=False)
         # What nodes import: the package, and the filesystems of the tests.
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)]))
+        patch.setenv("PYTHONPATH", str(HERE.parent.parent))
         nodes = Cluster(
             initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False}
         )
@@ -132,7 +130,7 @@ def test_a_driver_that_is_killed_and_run_again(cluster, source, expected, barrie
     for shard in first:
         (barrier / f"pass {shard}").touch()
     arguments = f"Path({str(source)!r}), Path({str(target)!r}), {cluster.address!r}, Path({str(barrier)!r})"
-    program = f"import gate; from pathlib import Path; gate.dequantize({arguments})"
+    program = f"from tests import gate; from pathlib import Path; gate.dequantize({arguments})"
     with subprocess.Popen([sys.executable, "-c", program]) as driver:
         try:
             gate.wait_for(lambda: len(_journaled(target)) == len(first) or driver.poll() is not None)
@@ -237,7 +235,7 @@ def test_more_threads_than_any_node_has_are_refused(cluster, source, tmp_path):
 
 
 def _assignment(source, target, **changes):
-    job, place = Job(open_source(source)), resolve_target(target)
+    job, place = Job(open_source(source)), resolve_target(target)[0]
     return replace(on_cluster.Assignment(job, place, target / ".blockscale" / "attempts", 1), **changes)
 
 
@@ -274,12 +272,12 @@ def test_two_attempts_at_a_shard_share_no_file(tmp_path):
 
 def test_attempts_that_nobody_accepted_are_removed_by_the_next_run(tmp_path):
     target = tmp_path / "result"
-    with open_workspace(target, "plan", overwrite=False) as workspace:
+    with open_workspace(target, "plan", [], overwrite=False) as workspace:
         for attempt in ("attempts/node-1/a", "attempts/node-2/a"):
             (workspace.folder / attempt).parent.mkdir(parents=True)
             (workspace.folder / attempt).write_bytes(b"1")
         record_shard(workspace, "a", {"size": 1, "sha256": {}, "staged": "attempts/node-2/a"})
-    with open_workspace(target, "plan", overwrite=False) as workspace:
+    with open_workspace(target, "plan", [], overwrite=False) as workspace:
         assert workspace.done.keys() == {"a"}
         assert [path.name for path in workspace.attempts.iterdir()] == ["node-2"]
 

@@ -1,11 +1,12 @@
 """What dequantizing writes (bitwise the reference), and every scale or code that it refuses."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from blockscale import RunOptions, dequantize_checkpoint, quantize_checkpoint, reference
+from blockscale import RunOptions, dequantize_checkpoint, quantize_checkpoint, reference, verify_checkpoint
 from blockscale.checkpoint import tasks
 from blockscale.testing.asserts import assert_bitwise_equal
 from tests import data
@@ -14,7 +15,7 @@ BF16, F16, F32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8
 NAMES = {"BF16": BF16, "F16": F16, "F32": F32}
 Q = "model.layers.0.self_attn.q_proj.weight"
 K = "model.layers.0.self_attn.k_proj.weight"
-O = "model.layers.0.self_attn.o_proj.weight"  # noqa: E741
+OUT = "model.layers.0.self_attn.o_proj.weight"
 
 
 def _check(folder, quantized, block_size=(128, 128), dtype=BF16):
@@ -143,9 +144,9 @@ def _refusal(tmp_path, model, shards=None, **options):
 
 
 def test_missing_scales_are_all_named(tmp_path):
-    quantized = data.in_fp8(data.llama()).changed({f"{Q}_scale_inv": None, f"{O}_scale_inv": None})
+    quantized = data.in_fp8(data.llama()).changed({f"{Q}_scale_inv": None, f"{OUT}_scale_inv": None})
     assert _refusal(tmp_path, quantized) == (
-        f"2 of 7 FP8 weights have no scale (expected {O}_scale_inv beside {O}, got none for {O}, {Q}); "
+        f"2 of 7 FP8 weights have no scale (expected {OUT}_scale_inv beside {OUT}, got none for {OUT}, {Q}); "
         "fetch the missing shard, or keep them as raw FP8 with --on-missing-scale keep"
     )
 
@@ -157,10 +158,17 @@ def test_weights_without_a_scale_can_be_kept_and_that_is_recorded(tmp_path):
     assert report.warnings == (f"{Q}: no scale; kept as raw FP8, which is not usable as a weight",)
     got = data.read(tmp_path / "out")
     assert_bitwise_equal(got[Q], quantized.tensors[Q])
-    assert got[O].dtype == BF16
+    assert got[OUT].dtype == BF16
     config = data.read_config(tmp_path / "out")
     assert config["blockscale"] == {"kept_fp8_without_scale": [Q.removesuffix(".weight")]}
     assert "quantization_config" not in config
+    found = verify_checkpoint(tmp_path / "out", source)
+    assert found.ok
+    (problem,) = found.problems
+    assert str(problem).startswith(f"warning: {Q}: raw FP8 without a scale")
+    config["blockscale"]["kept_fp8_without_scale"] = []
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert not verify_checkpoint(tmp_path / "out").ok
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2, 1), (4,), (3, 3)])
@@ -238,14 +246,17 @@ def test_nothing_to_dequantize(tmp_path):
         ),
         (
             {"quant_method": "fp8", "weight_block_size": [128]},
+            "config.json quantization_config: "
             "bad block size (expected two positive integers, as 128x128, got [128])",
         ),
         (
             {"quant_method": "fp8", "weight_block_size": [128, 0]},
+            "config.json quantization_config: "
             "bad block size (expected two positive integers, as 128x128, got [128, 0])",
         ),
         (
             {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "e5m2"},
+            "config.json quantization_config: "
             "unknown scale_fmt (expected float32 | ue8m0 | uf8m0 | null, got 'e5m2')",
         ),
     ],
@@ -270,14 +281,14 @@ def test_an_fp8_tensor_that_is_no_matrix(tmp_path):
 
 def _with_nan_code(position):
     quantized = data.in_fp8(data.llama())
-    codes = quantized.tensors[O].view(torch.uint8).clone()
+    codes = quantized.tensors[OUT].view(torch.uint8).clone()
     codes[position] = 0xFF
-    return quantized.changed({O: codes.view(FP8)})
+    return quantized.changed({OUT: codes.view(FP8)})
 
 
 def test_a_nan_code_is_refused_with_its_position(tmp_path):
     assert _refusal(tmp_path, _with_nan_code((150, 7)), shards=1) == (
-        f"{O} in model-00001-of-00001.safetensors: 1 NaN or Inf value, the first at [150, 7] "
+        f"{OUT} in model-00001-of-00001.safetensors: 1 NaN or Inf value, the first at [150, 7] "
         "(expected finite weights); repair the weight, or keep it unquantized: --on-nonfinite keep"
     )
 
@@ -286,19 +297,19 @@ def test_nan_codes_can_be_let_through(tmp_path):
     quantized = _with_nan_code((150, 7))
     dequantize_checkpoint(data.write(tmp_path / "source", quantized), tmp_path / "out", on_nonfinite="keep")
     _check(tmp_path / "out", quantized)
-    assert data.read(tmp_path / "out")[O].isnan().nonzero().tolist() == [[150, 7]]
+    assert data.read(tmp_path / "out")[OUT].isnan().nonzero().tolist() == [[150, 7]]
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [("F16", 1000.0), ("BF16", 2.0**125), ("F32", 2.0**125)])
 def test_values_beyond_the_largest_of_the_dtype_are_refused(tmp_path, dtype, scale):
-    quantized = data.in_fp8(data.llama()).changed({f"{O}_scale_inv": torch.full((2, 2), scale)})
+    quantized = data.in_fp8(data.llama()).changed({f"{OUT}_scale_inv": torch.full((2, 2), scale)})
     assert _refusal(tmp_path, quantized, dtype=dtype) == (
-        f"{O} in model.safetensors: dequantized values are beyond the largest of {dtype}; "
+        f"{OUT} in model.safetensors: dequantized values are beyond the largest of {dtype}; "
         "choose a dtype of more range, or let them become Inf: --on-nonfinite keep"
     )
     source = tmp_path / "source"
     dequantize_checkpoint(source, tmp_path / "out", dtype=dtype, on_nonfinite="keep")
-    assert data.read(tmp_path / "out")[O].isinf().any()
+    assert data.read(tmp_path / "out")[OUT].isinf().any()
 
 
 def test_an_unknown_dtype(tmp_path):

@@ -1,10 +1,9 @@
 """Hub repositories, read through huggingface_hub from a small Hub on loopback."""
 
+import json
 import socket
 import struct
 
-import data
-import fake_hub
 import pytest
 from huggingface_hub import constants
 
@@ -15,6 +14,7 @@ from blockscale.checkpoint.plan import plan_quantize
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.source import open_source
 from blockscale.errors import BlockscaleError
+from tests import data, fake_hub
 
 SHARDS = 3
 OTHER_FORMATS = (
@@ -36,6 +36,8 @@ def _point_to(url, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", url)
     template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # Xet, a protocol of the real Hub, is not served here.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     # The token of whoever runs the tests is nobody's business here.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
 
@@ -220,3 +222,97 @@ def test_how_repositories_are_written(text, repo, revision, folder):
 )
 def test_what_is_no_repository(text):
     assert hub_path(text) is None
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _plan_free(files):
+    """Without the plan in the manifest, which knows the times of the source's files."""
+    manifest = json.loads(files["blockscale.json"])
+    manifest.pop("plan")
+    return {**files, "blockscale.json": manifest}
+
+
+NEW = {".gitattributes": b"given", "README.md": b"given"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "prefix"), [("hf://org/out", ""), ("hf://org/out@fp8/some folder", "some folder/")]
+)
+def test_a_result_on_the_hub_is_one_commit(spec, prefix, hub, source, cache, tmp_path):
+    quantize_checkpoint(source, tmp_path / "local")
+    hub.push("org/out", NEW, "fp8")
+    hub.push("org/out", NEW)
+    branch = "fp8" if "@" in spec else "main"
+    quantize_checkpoint(source, spec)
+    files = hub.commits[hub.refs["org/out", branch]]
+    local = data.contents(tmp_path / "local")
+    assert files.items() >= NEW.items()
+    got = {name.removeprefix(prefix): files[name] for name in files if name.startswith(prefix)}
+    assert _plan_free({name: got[name] for name in local}) == _plan_free(local)
+    assert len(files) == len(local) + len(NEW)
+    assert len(hub.commits) == 2, "the empty one and the result"
+    assert data.contents(cache) == {}
+    assert quantize_checkpoint(source, spec).already_complete
+    assert verify_checkpoint(spec, source).ok
+
+
+def test_an_upload_that_fails_is_taken_up_where_it_failed(hub, source, cache):
+    head = hub.push("org/out", NEW)
+    hub.refused["commit"] = (403, "")
+    line = _refused(lambda: quantize_checkpoint(source, "hf://org/out"))
+    assert line == "hf://org/out: the Hub refuses access; check the access token: hf auth login"
+    assert hub.refs["org/out", "main"] == head
+    uploaded = len(hub.sent("put"))
+    assert uploaded == SHARDS
+    hub.refused.clear()
+    assert quantize_checkpoint(source, "hf://org/out").resumed_shards == SHARDS
+    assert len([route for route, _, _ in hub.asked if route == "put"]) == uploaded, "nothing is sent twice"
+    assert verify_checkpoint("hf://org/out", source).ok
+
+
+def test_a_branch_that_moves_during_the_run_is_not_written_over(hub, source, cache):
+    hub.push("org/out", NEW)
+    moved = []
+
+    def move(route, name):
+        if route == "preupload" and not moved:
+            moved.append(hub.push("org/out", {**NEW, "theirs.txt": b"theirs"}))
+
+    hub.after = move
+    line = _refused(lambda: quantize_checkpoint(source, "hf://org/out"))
+    assert line == "hf://org/out: the branch has moved since the run began; look at it, then run again"
+    assert [hub.refs["org/out", "main"]] == moved
+    quantize_checkpoint(source, "hf://org/out")
+    assert hub.commits[hub.refs["org/out", "main"]]["theirs.txt"] == b"theirs"
+
+
+def test_a_checkpoint_on_the_hub_is_replaced_only_on_request(hub, source, cache, tmp_path):
+    other = data.contents(data.write(tmp_path / "other", data.llama(hidden=64), 7))
+    adapter = {"adapter_model.safetensors": b"theirs"}
+    head = hub.push("org/out", {**NEW, **other, **adapter})
+    line = _refused(lambda: quantize_checkpoint(source, "hf://org/out"))
+    assert "already holds a checkpoint" in line
+    assert hub.refs["org/out", "main"] == head
+    quantize_checkpoint(source, "hf://org/out", run=RunOptions(overwrite=True))
+    files = hub.commits[hub.refs["org/out", "main"]]
+    assert files.keys() >= {*NEW, *adapter}
+    assert sum(name.startswith("model-") for name in files) == SHARDS
+    assert verify_checkpoint("hf://org/out", source).problems == ()
+
+
+def test_a_destination_on_the_hub_that_is_not_there(hub, source, cache):
+    line = _refused(lambda: quantize_checkpoint(source, "hf://org/out"))
+    assert line == (
+        "hf://org/out: no such Hub repository; check the spelling; if it is private: hf auth login; "
+        "or make it: hf repo create org/out --private"
+    )
+    hub.push("org/out", NEW)
+    assert "no revision fp8" in _refused(lambda: quantize_checkpoint(source, "hf://org/out@fp8"))
+    line = _refused(lambda: quantize_checkpoint(source, "hf://org/out", run=RunOptions(cluster="auto")))
+    assert "a cluster cannot write to a Hub repository" in line
+    assert data.contents(cache) == {}

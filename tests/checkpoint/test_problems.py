@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from blockscale import (
     Recipe,
@@ -16,29 +15,12 @@ from tests import data
 
 FP8 = torch.float8_e4m3fn
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."
-Q, K, O, UP = (  # noqa: E741
+Q, K, OUT, UP = (
     f"{ATTENTION}q_proj.weight",
     f"{ATTENTION}k_proj.weight",
     f"{ATTENTION}o_proj.weight",
     f"{MLP}up_proj.weight",
 )
-
-
-@pytest.fixture
-def pair(tmp_path):
-    """A BF16 checkpoint and its ue8m0 result without the manifest, so that each check stands on its own."""
-    source = data.write(tmp_path / "source", data.llama())
-    quantize_checkpoint(source, tmp_path / "fp8", Recipe("ue8m0"))
-    (tmp_path / "fp8" / "blockscale.json").unlink()
-    assert verify_checkpoint(tmp_path / "fp8", source).problems == ()
-    return tmp_path / "fp8", source
-
-
-def _rewrite(folder, change):
-    """Apply `change` to the tensors of a single-file checkpoint."""
-    tensors = data.read(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def _set_config(folder, **quantization):
@@ -118,7 +100,7 @@ def test_a_stale_quantization_config(tmp_path):
     assert _inspected(folder) == [line]
 
 
-@pytest.mark.parametrize("kept", [O, f"{MLP}down_proj.weight"])
+@pytest.mark.parametrize("kept", [OUT, f"{MLP}down_proj.weight"])
 def test_a_linear_weight_missing_from_the_skip_list(tmp_path, kept):
     source = data.write(tmp_path / "source", data.llama())
     quantize_checkpoint(source, tmp_path / "fp8", Recipe(exclude=(kept,)))
@@ -157,14 +139,14 @@ def test_a_missing_scale_a_wrong_grid_and_an_orphan(pair):
     def change(tensors):
         del tensors[f"{Q}_scale_inv"]
         tensors[f"{UP}_scale_inv"] = torch.ones(2, 3)
-        tensors[f"{O}_scale_inv"] = tensors[f"{O}_scale_inv"].double()
+        tensors[f"{OUT}_scale_inv"] = tensors[f"{OUT}_scale_inv"].double()
         tensors["ghost.weight_scale_inv"] = torch.ones(1, 1)
 
-    _rewrite(fp8, change)
+    data.rewrite(fp8, change)
     expected = {
         f"error: {Q}: FP8 weight without a scale",
         f"error: {UP}_scale_inv: scale grid does not fit the block size: expected [3, 2], got [2, 3]",
-        f"error: {O}_scale_inv: scale has dtype F64",
+        f"error: {OUT}_scale_inv: scale has dtype F64",
         "error: ghost.weight_scale_inv: scale without its weight",
     }
     assert expected <= set(_problems(fp8, source))

@@ -5,12 +5,10 @@ import os
 import struct
 from pathlib import Path
 
-import data
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
-from stores import Store
 
 from blockscale import (
     dequantize_checkpoint,
@@ -24,6 +22,8 @@ from blockscale.checkpoint.plan import plan_quantize
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.source import open_source
 from blockscale.errors import BlockscaleError, BusyError
+from tests import data
+from tests.stores import Store
 
 SHARDS = 5
 OTHER_FORMATS = ("pytorch_model.bin", "x.gguf", "consolidated.00.pth", "original/consolidated.00.safetensors")
@@ -320,7 +320,6 @@ def test_a_copy_that_is_cut_short_is_noticed(operation, told, source, tmp_path, 
         ),
         ("plugin://far/model", "{tmp}/out", "Install plugin-fs to use plugin"),
         ("{source}", "plugin://far/model", "Install plugin-fs to use plugin"),
-        ("{source}", "hf://org/name", "then: hf upload org/name FOLDER"),
         ("memory://far/model", "memory://far/model", "overlap"),
         ("memory://far/model", "memory://far/model/sub", "overlap"),
     ],

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from blockscale import (
     BlockscaleError,
@@ -20,7 +19,7 @@ from tests import data
 
 FP8 = torch.float8_e4m3fn
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."
-Q, K, O, UP = (  # noqa: E741
+Q, K, OUT, UP = (
     f"{ATTENTION}q_proj.weight",
     f"{ATTENTION}k_proj.weight",
     f"{ATTENTION}o_proj.weight",
@@ -94,23 +93,6 @@ def test_the_errors_are_those_of_the_dequantized_weights(tmp_path):
     assert 0.02 < rms < 0.03
 
 
-@pytest.fixture
-def pair(tmp_path):
-    """A BF16 checkpoint and its ue8m0 result without the manifest, so that each check stands on its own."""
-    source = data.write(tmp_path / "source", data.llama())
-    quantize_checkpoint(source, tmp_path / "fp8", Recipe("ue8m0"))
-    (tmp_path / "fp8" / "blockscale.json").unlink()
-    assert verify_checkpoint(tmp_path / "fp8", source).problems == ()
-    return tmp_path / "fp8", source
-
-
-def _rewrite(folder, change):
-    """Apply `change` to the tensors of a single-file checkpoint."""
-    tensors = data.read(folder)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
 def _problems(folder, source=None):
     found = verify_checkpoint(folder, source)
     assert found.ok == (not any(problem.severity == "error" for problem in found.problems))
@@ -130,7 +112,7 @@ def test_a_flipped_bit_of_a_code_is_found_against_the_source(pair, bits):
     fp8, source = pair
     position = data.read(fp8)[Q].float().abs().flatten().argmax().item()
     position = (position // 192, position % 192)
-    _rewrite(fp8, lambda tensors: _flip(tensors[Q], position, bits))
+    data.rewrite(fp8, lambda tensors: _flip(tensors[Q], position, bits))
     (line,) = _problems(fp8, source)
     assert line.startswith(
         f"error: {Q}: is not the source rounded to its codes: error at {list(position)} is "
@@ -156,7 +138,7 @@ def test_a_changed_scale_is_found_against_the_source(pair, factor):
     def change(tensors):
         tensors[f"{UP}_scale_inv"][2, 1] *= factor
 
-    _rewrite(fp8, change)
+    data.rewrite(fp8, change)
     lines = _problems(fp8, source)
     if factor == 1.5:
         assert lines[0].startswith(f"error: {UP}_scale_inv: config.json says scale_fmt ue8m0 but ")
@@ -177,7 +159,7 @@ def test_scales_rounded_after_the_division_are_found(pair):
         codes, scale = reference.quantize_weight(data.read(source)[UP])
         tensors[UP], tensors[f"{UP}_scale_inv"] = codes, reference.round_up_to_power_of_two(scale)
 
-    _rewrite(fp8, change)
+    data.rewrite(fp8, change)
     (line,) = _problems(fp8, source)
     assert line.startswith(f"error: {UP}: is not the source rounded to its codes: error at ")
     assert _inspected(fp8) == [], "the headers and the scales look fine"
@@ -189,7 +171,7 @@ def test_scales_that_are_no_powers_of_two_under_ue8m0(pair):
     def change(tensors):
         tensors[UP], tensors[f"{UP}_scale_inv"] = reference.quantize_weight(data.read(source)[UP])
 
-    _rewrite(fp8, change)
+    data.rewrite(fp8, change)
     (line,) = _problems(fp8, source)
     value = data.read(fp8)[f"{UP}_scale_inv"][0, 0].item()
     assert line == (
@@ -210,7 +192,7 @@ def test_codes_without_saturation_to_the_nearest_are_found(pair):
         codes.view(torch.uint8)[codes.float().abs() > exact.abs()] -= 1
         tensors[UP] = codes
 
-    _rewrite(fp8, change)
+    data.rewrite(fp8, change)
     (line,) = _problems(fp8, source)
     assert line.startswith(f"error: {UP}: is not the source rounded to its codes")
 
@@ -222,7 +204,7 @@ def test_nan_codes(pair, code):
     def change(tensors):
         tensors[UP].view(torch.uint8)[5, 6:8] = code
 
-    _rewrite(fp8, change)
+    data.rewrite(fp8, change)
     assert _problems(fp8) == [f"error: {UP}: 2 NaN codes"]
     found = verify_checkpoint(fp8, source)
     assert [str(problem) for problem in found.problems] == [f"error: {UP}: 2 NaN codes"]
@@ -236,7 +218,7 @@ def test_scales_that_are_no_positive_numbers(pair, value):
     def change(tensors):
         tensors[f"{UP}_scale_inv"][1, 1] = value
 
-    _rewrite(fp8, change)
+    data.rewrite(fp8, change)
     line = (
         f"error: {UP}_scale_inv: {UP}_scale_inv in model.safetensors: "
         f"1 scales are not positive finite numbers (got {value} at [1, 1])"
@@ -251,7 +233,7 @@ def test_a_missing_tensor_and_an_extra_one(pair):
     def change(tensors):
         tensors["stray.weight"] = tensors.pop("model.norm.weight")
 
-    _rewrite(fp8, change)
+    data.rewrite(fp8, change)
     assert _problems(fp8, source) == [
         f"error: model.norm.weight: is in {source} but missing here",
         f"error: stray.weight: is not in {source}",
@@ -264,7 +246,7 @@ def test_a_missing_tensor_and_an_extra_one_by_the_manifest(tmp_path):
     def change(tensors):
         tensors["stray.weight"] = tensors.pop("model.norm.weight")
 
-    _rewrite(tmp_path / "fp8", change)
+    data.rewrite(tmp_path / "fp8", change)
     assert _problems(tmp_path / "fp8") == [
         "error: model.norm.weight: is in the manifest but gone",
         "error: stray.weight: is not in the manifest",
@@ -277,7 +259,7 @@ def test_a_copied_tensor_that_differs(pair):
     def change(tensors):
         _flip(tensors["model.norm.weight"].view(torch.uint8), 9, 1)
 
-    _rewrite(fp8, change)
+    data.rewrite(fp8, change)
     line = "error: model.norm.weight: differs from the source (BF16 in both)"
     assert _problems(fp8, source) == [line]
 
@@ -289,7 +271,7 @@ def test_a_tensor_of_another_shape_or_dtype(pair):
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
         tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.float16)
 
-    _rewrite(fp8, change)
+    data.rewrite(fp8, change)
     assert sorted(_problems(fp8, source)) == [
         "error: lm_head.weight: dtype is F16, which no conversion makes of BF16",
         "error: model.norm.weight: shape differs from the source: expected [192], got [191]",
@@ -310,7 +292,7 @@ def test_a_dequantized_result_with_a_wrong_value(tmp_path):
     source = data.write(tmp_path / "fp8", data.in_fp8(data.llama()))
     dequantize_checkpoint(source, tmp_path / "back")
     (tmp_path / "back" / "blockscale.json").unlink()
-    _rewrite(tmp_path / "back", lambda tensors: _flip(tensors[Q].view(torch.uint8), (190, 2 * 150), 1))
+    data.rewrite(tmp_path / "back", lambda tensors: _flip(tensors[Q].view(torch.uint8), (190, 2 * 150), 1))
     line = f"error: {Q}: is not the dequantized source: first difference at [190, 150]"
     assert _problems(tmp_path / "back", source) == [line]
 

@@ -12,7 +12,10 @@ from blockscale.checkpoint import convert
 from blockscale.errors import BusyError
 from tests import data
 
-HOLDS = "already holds a checkpoint (got {}); choose another folder, or replace it with --overwrite"
+HOLDS = (
+    "already holds a checkpoint, or files that the result would replace (got {}); "
+    "choose another folder, or replace them with --overwrite"
+)
 FULL = "disk is full; free some space and run the same command again: finished shards are kept"
 
 
@@ -92,7 +95,7 @@ def test_a_folder_with_another_checkpoint_is_refused_and_left_alone(source, out)
     assert _refusal(source, out) == f"{out}: {HOLDS.format('config.json')}"
 
 
-@pytest.mark.parametrize("name", ["adapter.safetensors", "config.json", data.INDEX])
+@pytest.mark.parametrize("name", ["model-00001-of-00009.safetensors", "config.json", data.INDEX])
 def test_a_folder_with_a_part_of_a_checkpoint_is_refused(source, out, name):
     out.mkdir()
     (out / name).write_bytes(b"{}")
@@ -166,3 +169,46 @@ def test_a_failed_run_takes_nothing_along_that_others_put_there_meanwhile(source
     with pytest.raises(Exception, match="Input/output error"):
         quantize_checkpoint(source, out)
     assert data.contents(out) == {"notes.txt": b"just written"}
+
+
+def test_a_file_that_the_result_would_replace_is_not_replaced_unasked(source, out):
+    out.mkdir()
+    (out / "tokenizer.json").write_bytes(b"mine")
+    assert _refusal(source, out) == f"{out}: {HOLDS.format('tokenizer.json')}"
+    quantize_checkpoint(source, out, run=RunOptions(overwrite=True))
+    assert (out / "tokenizer.json").read_bytes() == data.CARRIED["tokenizer.json"]
+
+
+def test_overwrite_leaves_an_adapter_but_no_shard_of_the_old_checkpoint(source, out):
+    names = {name: f"part-{place % 2}.safetensors" for place, name in enumerate(data.llama().tensors)}
+    data.write(out, data.llama(), names)
+    (out / "adapter_model.safetensors").write_bytes(b"theirs")
+    (out / "model-00009-of-00009.safetensors").write_bytes(b"in no index")
+    quantize_checkpoint(source, out, run=RunOptions(overwrite=True))
+    shards = {path.name for path in out.glob("*.safetensors")}
+    assert shards == {"adapter_model.safetensors"} | {
+        f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)
+    }
+
+
+def test_progress_counts_what_this_run_does(source, out, monkeypatch):
+    class Counts:
+        def start(self, nbytes, tensors):
+            self.total, self.done = [nbytes, tensors], [0, 0]
+
+        def advance(self, nbytes, tensors):
+            self.done = [self.done[0] + nbytes, self.done[1] + tensors]
+
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    whole, rest = Counts(), Counts()
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "_stage_rest", fail)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(source, out, run=RunOptions(progress=whole))
+    (out / ".blockscale" / "staging" / "model-00002-of-00003.safetensors").unlink()
+    assert quantize_checkpoint(source, out, run=RunOptions(progress=rest)).resumed_shards == 2
+    assert whole.done == whole.total
+    assert rest.done == rest.total
+    assert 0 < rest.total[0] < whole.total[0] / 2

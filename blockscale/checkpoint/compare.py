@@ -1,0 +1,144 @@
+"""Compare a tensor of a converted checkpoint with the one it was made from, in either direction.
+
+What was copied is equal, what was dequantized is bit for bit what the codes and scales say, and FP8 weights
+are the source's values rounded to the nearest code. Rounding x to E4M3 codes of scale s is off by at most
+half a step,
+
+    |dequantized - x| <= s * max(2**(floor(log2(|x| / s)) - 4), 2**-10)
+
+(three mantissa bits; subnormal steps of 2**-9), up to float32 rounding of the division and the product.
+A code that is one too high or low is beyond it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blockscale import ops
+from blockscale.checkpoint.decide import FP8, scale_of
+from blockscale.checkpoint.families import family_of, stored_block_size
+from blockscale.checkpoint.index import CheckpointIndex, TensorEntry, read_index
+from blockscale.checkpoint.model_config import read_config
+from blockscale.checkpoint.source import Source, open_source
+from blockscale.checkpoint.tasks import Reader, chunks, per_expert, read_codes, read_scale, strips
+from blockscale.errors import BlockscaleError, CorruptCheckpointError
+from blockscale.formats import HIGH_PRECISION, parse_quantization_config
+
+# Two float32 roundings (division, product), each up to 2**-19 of the half step, on top of it.
+_ROUNDING_SLACK = 1 + 2.0**-17
+_EXPONENT_BITS = 0x7F800000
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """Error of one FP8 weight: relative (Frobenius), and the largest single one over its bound."""
+
+    name: str
+    relative: float
+    worst_over_bound: float
+
+
+@dataclass(frozen=True)
+class Side:
+    """One checkpoint of a comparison: where it is, what it holds, and how its FP8 weights are blocked."""
+
+    source: Source
+    index: CheckpointIndex
+    config: dict[str, Any]
+    block_size: tuple[int, int] | None
+
+    def scale(self, entry: TensorEntry) -> torch.Tensor:
+        name = scale_of(entry.name, self.index.tensors)
+        if name is None:
+            raise CorruptCheckpointError("FP8 weight without a scale", where=entry.name)
+        return read_scale(self.index.tensors[name], self.source)
+
+    def stored_block(self, entry: TensorEntry) -> tuple[int, int]:
+        if self.block_size is None:
+            raise BlockscaleError("cannot be compared", where=entry.name, expected="block FP8 in config.json")
+        return stored_block_size(self.block_size, entry.shape, family_of(self.config))
+
+
+def open_side(spec: str | os.PathLike[str]) -> Side:
+    """Open a checkpoint, also one whose config.json is wrong: then its FP8 weights cannot be compared."""
+    source = open_source(spec)
+    config = read_config(source)
+    try:
+        quantization = parse_quantization_config(config)
+    except BlockscaleError:
+        quantization = None
+    return Side(source, read_index(source), config, quantization.fmt.block_size if quantization else None)
+
+
+def compare(
+    entry: TensorEntry, reader: Reader, side: Side, twin: TensorEntry, twin_reader: Reader, other: Side
+) -> tuple[str | None, TensorError | None]:
+    """Compare a tensor with its twin in the source; returns (what is wrong, error of an FP8 weight)."""
+    if entry.shape != twin.shape:
+        return f"shape differs from the source: expected {list(twin.shape)}, got {list(entry.shape)}", None
+    if entry.dtype == twin.dtype:
+        pairs = zip(chunks(entry, reader), chunks(twin, twin_reader), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            return f"differs from the source ({entry.dtype} in both)", None
+        return None, None
+    if entry.dtype == FP8 and twin.dtype in HIGH_PRECISION:
+        return _compare_quantized(entry, reader, side, twin, twin_reader)
+    if entry.dtype in HIGH_PRECISION and twin.dtype == FP8:
+        return _compare_dequantized(entry, reader, twin, twin_reader, other), None
+    return f"dtype is {entry.dtype}, which no conversion makes of {twin.dtype}", None
+
+
+def _compare_quantized(
+    entry: TensorEntry, reader: Reader, side: Side, twin: TensorEntry, twin_reader: Reader
+) -> tuple[str | None, TensorError | None]:
+    scale, block = side.scale(entry), side.stored_block(entry)
+    grid = per_expert(scale)
+    squared_error = squared = worst = 0.0
+    beyond: tuple[int, list[int]] | None = None
+    for expert, row, strip in strips(twin, twin_reader, block[0]):
+        rows, columns = strip.shape
+        if not strip.numel():
+            continue
+        start = entry.start + (expert * entry.shape[-2] + row) * columns
+        codes = read_codes(reader, start, rows, columns)
+        part = grid[expert, row // block[0] : math.ceil((row + rows) / block[0])]
+        exact = strip.float()
+        error = ops.dequantize_weight(codes, part, block, torch.float32, threads=1).sub_(exact).abs_()
+        squared_error += float(error.square().sum(dtype=torch.float64))
+        squared += float(exact.square().sum(dtype=torch.float64))
+        scales = part.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        binade = (exact.abs_() / scales).view(torch.int32).bitwise_and_(_EXPONENT_BITS).view(torch.float32)
+        over = error / binade.mul_(2.0**-4).clamp_min_(2.0**-10).mul_(scales)
+        highest, at = float(over.max()), int(over.argmax())
+        if not highest <= worst:
+            worst = highest
+            beyond = (expert, [row + at // columns, at % columns])
+    relative = math.sqrt(squared_error / squared) if squared else math.sqrt(squared_error)
+    message = None
+    if not worst <= _ROUNDING_SLACK:
+        assert beyond is not None
+        place = beyond[1] if len(entry.shape) == 2 else [beyond[0], *beyond[1]]
+        message = f"is not the source rounded to its codes: error at {place} is {worst:.4g} times half a step"
+    return message, TensorError(entry.name, relative, worst) if math.isfinite(relative + worst) else None
+
+
+def _compare_dequantized(
+    entry: TensorEntry, reader: Reader, twin: TensorEntry, twin_reader: Reader, other: Side
+) -> str | None:
+    scale, block = other.scale(twin), other.stored_block(twin)
+    grid = per_expert(scale)
+    for expert, row, strip in strips(entry, reader, block[0]):
+        rows, columns = strip.shape
+        codes = read_codes(twin_reader, twin.start + (expert * twin.shape[-2] + row) * columns, rows, columns)
+        part = grid[expert, row // block[0] : math.ceil((row + rows) / block[0])]
+        expected = ops.dequantize_weight(codes, part, block, strip.dtype, threads=1)
+        if not torch.equal(expected.view(torch.uint8), strip.contiguous().view(torch.uint8)):
+            at = int((expected.view(torch.uint8) != strip.view(torch.uint8)).flatten().byte().argmax())
+            where = [row + at // (columns * strip.itemsize), at // strip.itemsize % columns]
+            return f"is not the dequantized source: first difference at {where}"
+    return None

@@ -1,0 +1,285 @@
+"""Decide, tensor by tensor and before any byte is written, what a conversion does with a checkpoint.
+
+Quantizing: a linear weight becomes E4M3 codes and scales unless its family keeps it (embeddings, head,
+router, norms, vision), a pattern excludes it, or a weight that shares its precision (q/k/v, gate/up) is kept.
+Dequantizing: FP8 is recognized by dtype, its scale is found by name in any shard; the rest is copied.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from blockscale.checkpoint.families import family_of, stored_block_size
+from blockscale.checkpoint.names import keep_reason, role_of, sharing_groups
+from blockscale.checkpoint.recipe import Recipe
+from blockscale.errors import BlockscaleError, MissingScaleError
+from blockscale.formats import (
+    DTYPE_NAMES,
+    HIGH_PRECISION,
+    LAYOUTS,
+    QUANTIZATION_KEYS,
+    Quantization,
+    module_path,
+    scale_name,
+    scale_shape,
+    scaled_weight_name,
+)
+
+Signature = tuple[str, tuple[int, ...]]
+Action = Literal["quantize", "dequantize", "copy", "drop"]
+FP8 = "F8_E4M3"
+SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+_UNSUPPORTED_SUFFIXES = ("_blocks", ".qweight", ".weight_packed", ".qzeros")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to one tensor, and why; `scale` names the tensor that dequantizes it."""
+
+    action: Action
+    reason: str
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The decisions for a whole checkpoint.
+
+    Attributes:
+        by_name: tensor name -> decision.
+        skip: full module paths of linear weights that stay unquantized, for the skip list of engines.
+        warnings: what the user should know.
+    """
+
+    by_name: dict[str, Decision]
+    skip: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+
+def decide_quantize(
+    tensors: Mapping[str, Signature],
+    config: dict[str, Any],
+    recipe: Recipe,
+    keep: Mapping[str, str] | None = None,
+) -> Decisions:
+    """Decide what quantizing does with every tensor.
+
+    Args:
+        tensors: name -> (safetensors dtype, shape).
+        config: parsed config.json.
+        recipe: what the user asked for.
+        keep: further tensors to leave alone -> why (non-finite weights).
+
+    Raises:
+        BlockscaleError: the source is quantized already, a pattern matches nothing, or nothing is left to do.
+    """
+    family = family_of(config)
+    _refuse_quantized(tensors, config)
+    _check_patterns(recipe, tensors)
+    warnings = [] if family.known else [_unknown_family(config)]
+    warnings += [f"{name} keeps its precision: {reason}" for name, reason in (keep or {}).items()]
+    decisions: dict[str, Decision] = {}
+    for name, (dtype, shape) in tensors.items():
+        reason = (
+            keep_reason(name, shape, dtype, family) or _pattern_reason(name, recipe) or (keep or {}).get(name)
+        )
+        decisions[name] = Decision("copy", reason) if reason else Decision("quantize", role_of(name))
+    warnings += _share_precision(decisions)
+    if not any(decision.action == "quantize" for decision in decisions.values()):
+        raise BlockscaleError("no tensor would be quantized", remedy="widen --include, narrow --exclude")
+    _refuse_fused_in_compressed_tensors(decisions, tensors, recipe)
+    skip = _skip_list(decisions, tensors)
+    return Decisions(decisions, skip, tuple(warnings))
+
+
+def decide_dequantize(
+    tensors: Mapping[str, Signature],
+    config: dict[str, Any],
+    quantization: Quantization | None,
+    *,
+    on_missing_scale: Literal["error", "keep"] = "error",
+) -> Decisions:
+    """Decide what dequantizing does with every tensor.
+
+    Args:
+        tensors: name -> (safetensors dtype, shape).
+        config: parsed config.json.
+        quantization: parsed from it; gives the block size, which is never derived from a scale grid.
+        on_missing_scale: refuse FP8 weights without a scale, or keep them as they are.
+
+    Raises:
+        BlockscaleError: nothing to do, a scale that does not fit, or (MissingScaleError) no scale at all.
+    """
+    fp8 = [name for name, (dtype, _) in tensors.items() if dtype == FP8]
+    if not fp8:
+        raise BlockscaleError(
+            "no FP8 weight in the checkpoint", expected=FP8, remedy="nothing needs dequantizing"
+        )
+    if quantization is None:
+        raise BlockscaleError(
+            "FP8 weights but no quantization_config in config.json",
+            expected="weight_block_size",
+            remedy='add {"quant_method": "fp8", "weight_block_size": [128, 128]} with the true block size',
+        )
+    decisions: dict[str, Decision] = {}
+    warnings: list[str] = []
+    for name, (dtype, _) in tensors.items():
+        weight = scaled_weight_name(name)
+        if dtype == FP8:
+            scale = scale_of(name, tensors)
+            decisions[name] = (
+                Decision("dequantize", "FP8 with scale", scale) if scale else Decision("copy", "no scale")
+            )
+        elif weight is not None and weight in tensors:
+            decisions[name] = Decision("drop", f"scale of {weight}")
+            if tensors[weight][0] != FP8:
+                warnings.append(f"{name}: scale of a weight that is not FP8 ({tensors[weight][0]}); dropped")
+        else:
+            decisions[name] = Decision("copy", "not quantized")
+            if name.endswith(scale_name("")):
+                warnings.append(f"{name}: scale without its weight; copied")
+    missing = [name for name in fp8 if decisions[name].action == "copy"]
+    if missing and on_missing_scale == "error":
+        raise MissingScaleError(
+            f"{len(missing)} of {len(fp8)} FP8 weights have no scale",
+            expected=f"{scale_name(missing[0])} beside {missing[0]}",
+            got=f"none for {', '.join(missing)}",
+            remedy="fetch the missing shard, or keep them as raw FP8 with --on-missing-scale keep",
+        )
+    warnings += [f"{name}: no scale; kept as raw FP8, which is not usable as a weight" for name in missing]
+    for name, decision in decisions.items():
+        if decision.scale is not None:
+            block = stored_block_size(quantization.fmt.block_size, tensors[name][1], family_of(config))
+            _check_grid(name, tensors[name][1], decision.scale, tensors[decision.scale], block)
+    return Decisions(decisions, tuple(sorted(map(module_path, missing))), tuple(warnings))
+
+
+def _refuse_quantized(tensors: Mapping[str, Signature], config: dict[str, Any]) -> None:
+    entry = next((config[key] for key in QUANTIZATION_KEYS if config.get(key)), None)
+    low = {DTYPE_NAMES[d] for d in DTYPE_NAMES if d.itemsize == 1 and d.is_floating_point} | {
+        "F4",
+        "F6_E2M3",
+        "F6_E3M2",
+    }
+    found = next((name for name, (dtype, _) in tensors.items() if dtype in low), None)
+    packed = next((name for name in tensors if name.endswith(_UNSUPPORTED_SUFFIXES)), None)
+    if entry or found or packed:
+        method = (entry or {}).get("quant_method")
+        got = f"quant_method {method!r}" if entry else f"{found or packed}"
+        ours = method in ("fp8", "compressed-tensors") if entry else found and tensors[found][0] == FP8
+        raise BlockscaleError(
+            "source is already quantized",
+            expected="BF16, F16 or F32 weights and no quantization_config",
+            got=got,
+            remedy="run blockscale dequantize first" if ours else "start from the unquantized checkpoint",
+        )
+
+
+def _check_patterns(recipe: Recipe, tensors: Mapping[str, Signature]) -> None:
+    for pattern in (*recipe.include, *recipe.exclude):
+        if not any(_matches(name, pattern) for name in tensors):
+            # A pattern with a typo would quantize what the user meant to keep, silently.
+            raise BlockscaleError(
+                "pattern matches no tensor",
+                where=repr(pattern),
+                got=f"{len(tensors)} tensors, such as {next(iter(tensors), 'none')}",
+                remedy="patterns are shell-style and match the full name or module path",
+            )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module_path(name), pattern)
+
+
+def _pattern_reason(name: str, recipe: Recipe) -> str | None:
+    if any(_matches(name, pattern) for pattern in recipe.exclude):
+        return "excluded"
+    if recipe.include and not any(_matches(name, pattern) for pattern in recipe.include):
+        return "not included"
+    return None
+
+
+def _share_precision(decisions: dict[str, Decision]) -> list[str]:
+    """Keep the whole of every group that engines fuse if one of it is kept; says so."""
+    warnings = []
+    for group in sharing_groups(decisions):
+        kept = [name for name in group if decisions[name].action == "copy"]
+        moved = [name for name in group if decisions[name].action == "quantize"]
+        if kept and moved:
+            for name in moved:
+                decisions[name] = Decision("copy", f"shares its precision with {kept[0]}")
+            also = moved[0] if len(moved) == 1 else f"{moved[0]} and {len(moved) - 1} more"
+            warnings.append(
+                f"{kept[0]} keeps its precision ({decisions[kept[0]].reason}), so {also} must too"
+            )
+    return warnings
+
+
+def _refuse_fused_in_compressed_tensors(
+    decisions: dict[str, Decision], tensors: Mapping[str, Signature], recipe: Recipe
+) -> None:
+    if recipe.layout != "compressed-tensors":
+        return
+    for name, decision in decisions.items():
+        if decision.action == "quantize" and len(tensors[name][1]) == 3:
+            raise BlockscaleError(
+                "the compressed-tensors layout has no place for fused 3-D experts",
+                where=name,
+                remedy="use --layout deepseek, or --exclude '*.experts.*'",
+            )
+
+
+def _skip_list(decisions: dict[str, Decision], tensors: Mapping[str, Signature]) -> tuple[str, ...]:
+    kept = (name for name, decision in decisions.items() if decision.action == "copy")
+    skip = {entry for name in kept if (entry := skip_entry(name, tensors[name])) is not None}
+    if "lm_head.weight" not in tensors:
+        # Tied to the embedding: the module exists in every engine though the file has no tensor for it.
+        skip.add("lm_head")
+    return tuple(sorted(skip))
+
+
+def skip_entry(name: str, signature: Signature) -> str | None:
+    """Full module path by which a skip list names an unquantized linear weight or fused experts, or None."""
+    dtype, shape = signature
+    if dtype not in HIGH_PRECISION:
+        return None
+    if len(shape) == 3 and not name.endswith((".weight", "bias")):
+        return name.rpartition(".")[0]
+    linear = name.endswith(".weight") and len(shape) == 2 and role_of(name) not in ("embedding", "norm")
+    return module_path(name) if linear else None
+
+
+def scale_of(weight: str, tensors: Container[str]) -> str | None:
+    """Name of the scale stored for a weight, in any layout, or None."""
+    return next((name for layout in LAYOUTS if (name := scale_name(weight, layout)) in tensors), None)
+
+
+def _check_grid(
+    name: str, shape: tuple[int, ...], scale: str, found: Signature, block_size: tuple[int, int]
+) -> None:
+    if len(shape) not in (2, 3):
+        raise BlockscaleError(
+            "FP8 tensor is not a matrix", where=name, expected="2 or 3 dimensions", got=list(shape)
+        )
+    expected = scale_shape(shape, block_size)
+    if found[1] != expected:
+        raise BlockscaleError(
+            f"scale grid does not fit the {block_size[0]}x{block_size[1]} blocks of config.json",
+            where=scale,
+            expected=f"{list(expected)} for weight {list(shape)}",
+            got=list(found[1]),
+        )
+    if found[0] not in SCALE_DTYPES:
+        raise BlockscaleError(
+            "scale has a wrong dtype", where=scale, expected=" | ".join(SCALE_DTYPES), got=found[0]
+        )
+
+
+def _unknown_family(config: dict[str, Any]) -> str:
+    return (
+        f"model_type {config.get('model_type')!r} is not known: only weights that are linear layers by "
+        "their name are quantized; --dry-run shows how many"
+    )
