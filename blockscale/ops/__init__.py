@@ -1,8 +1,31 @@
-"""The casts at memory speed, same signatures and same bits as `blockscale.reference`; one op a file."""
+"""The operators at the speed of the machine, same signatures as `blockscale.reference`; one op a file."""
 
+from blockscale.ops import library as library
 from blockscale.ops.dequantize_weight import dequantize_weight
+from blockscale.ops.gemm import (
+    fp8_gemm_nt,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+)
+from blockscale.ops.gemm_dispatch import GemmBackend
+from blockscale.ops.moe_permute import moe_permute, moe_unpermute
 from blockscale.ops.nonfinite import find_nonfinite
 from blockscale.ops.quantize_activation import quantize_activation
 from blockscale.ops.quantize_weight import quantize_weight
+from blockscale.ops.rms_norm_quantize import rms_norm_quantize
+from blockscale.ops.silu_mul_quantize import silu_mul_quantize
 
-__all__ = ["dequantize_weight", "find_nonfinite", "quantize_activation", "quantize_weight"]
+__all__ = [
+    "GemmBackend",
+    "dequantize_weight",
+    "find_nonfinite",
+    "fp8_gemm_nt",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
+    "moe_permute",
+    "moe_unpermute",
+    "quantize_activation",
+    "quantize_weight",
+    "rms_norm_quantize",
+    "silu_mul_quantize",
+]

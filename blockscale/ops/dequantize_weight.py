@@ -44,6 +44,7 @@ def dequantize_weight(
     checks.check_scaled(_OP, codes, scale, block_size)
     checks.check_dtype(f"{_OP}: dtype", dtype, checks.HIGH_PRECISION)
     threads = dispatch.check_threads(_OP, threads)
+    triton_kernels = dispatch.triton_kernels(_OP, _OP, codes.device, backend)
     kernels = dispatch.numba_kernels(_OP, codes.device, backend)
     if out is None:
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
@@ -52,17 +53,22 @@ def dequantize_weight(
     if codes.numel() == 0:
         return out
     shape, grid = dispatch.matrix_shape(tuple(codes.shape)), dispatch.matrix_shape(tuple(scale.shape))
+    if triton_kernels is not None:
+        multiplier = scale.detach().to(torch.float32).contiguous().view(grid)
+        source = dispatch.as_matrices(codes)
+        triton_kernels.dequantize_weight(source, multiplier, out.view(shape), block_size)
+        return out
     if kernels is None:
         q, s, x = codes.reshape(shape), scale.reshape(grid), out.view(shape)
         for expert, rows, grid_rows in dispatch.row_pieces(shape, block_size[0]):
             piece = q[expert, rows], s[expert, grid_rows]
             x[expert, rows] = reference.dequantize_weight(*piece, block_size, dtype)
         return out
-    multiplier = scale.detach().to(torch.float32).contiguous().numpy().reshape(grid)
-    source, target = dispatch.bits(codes, shape), dispatch.bits(out, shape)
+    factors = scale.detach().to(torch.float32).contiguous().numpy().reshape(grid)
+    bits, target = dispatch.bits(codes, shape), dispatch.bits(out, shape)
 
     def work(strips: tuple[int, int]) -> None:
-        kernels.dequantize(source, multiplier, target, block_size, strips)
+        kernels.dequantize(bits, factors, target, block_size, strips)
 
     dispatch.run_strips(work, grid[0] * grid[1], codes.numel(), threads)
     return out

@@ -2,14 +2,17 @@
 
 - CPU tensors: numba kernels (`_numba_kernels.py`), loaded and compiled on first use; where numba or the
   processor features are missing, the reference, said once in the log.
+- CUDA tensors: Triton kernels (`_triton/`), from compute capability 8.0 on; where Triton is missing, the
+  reference, said once in the log.
 - every other device: the reference, which is plain PyTorch and runs there.
-Both give the same bits. The reference works through a tensor in pieces of rows, so its float32 copies stay
+All give the same bits. The reference works through a tensor in pieces of rows, so its float32 copies stay
 small.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import math
 import os
@@ -18,14 +21,15 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import ModuleType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 
 from blockscale.errors import BlockscaleError
+from blockscale.reference.fp8 import ScaleLayout, empty_scale
 
-Backend = Literal["auto", "reference", "numba"]
+Backend = Literal["auto", "reference", "numba", "triton"]
 T = TypeVar("T")
 
 # What the vector code needs to compile without library calls: bytes in 32 lanes, float16 <-> float32.
@@ -44,17 +48,56 @@ _logger = logging.getLogger(__name__)
 _load_lock = threading.Lock()
 
 
+def triton_kernels(op: str, name: str, device: torch.device, backend: Backend) -> ModuleType | None:
+    """Module `name` of `_triton/` if `backend` and the tensor's device allow it, or None for another backend.
+
+    "auto" takes Triton on CUDA devices only; "triton" also takes CPU tensors in Triton's interpreter.
+
+    Raises:
+        BlockscaleError: unknown backend, or "triton" was asked for where it cannot run.
+    """
+    check_backend(op, backend)
+    if backend not in ("auto", "triton") or (backend == "auto" and device.type != "cuda"):
+        return None
+    reason = _triton_obstacle(device)
+    if reason and backend == "triton":
+        raise BlockscaleError("backend triton is not available", where=f"{op}: backend", got=reason)
+    if reason:
+        _say_once(reason)
+        return None
+    return importlib.import_module(f"blockscale.ops._triton.{name}")
+
+
+def check_backend(op: str, backend: str) -> None:
+    """Refuse what is not a backend."""
+    if backend not in get_args(Backend):
+        expected = " | ".join(get_args(Backend))
+        raise BlockscaleError("unknown backend", where=f"{op}: backend", expected=expected, got=repr(backend))
+
+
+@functools.cache
+def _triton_obstacle(device: torch.device) -> str:
+    """Why the Triton kernels cannot run on a device; empty if they can. Imports triton."""
+    try:
+        from triton import knobs
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if device.type == "cpu":
+        return "" if knobs.runtime.interpret else "it works on CUDA tensors"
+    if device.type != "cuda" or torch.version.hip:
+        return f"it has no kernels for a {device} tensor"
+    capability = torch.cuda.get_device_capability(device)
+    return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+
+
 def numba_kernels(op: str, device: torch.device, backend: Backend) -> ModuleType | None:
     """The compiled kernels if `backend` and the tensor's device allow them, or None for the reference.
 
     Raises:
         BlockscaleError: unknown backend, or "numba" was asked for where it cannot run.
     """
-    if backend not in ("auto", "reference", "numba"):
-        raise BlockscaleError(
-            "unknown backend", where=f"{op}: backend", expected="auto | reference | numba", got=repr(backend)
-        )
-    if backend == "reference" or (backend == "auto" and device.type != "cpu"):
+    check_backend(op, backend)
+    if backend in ("reference", "triton") or (backend == "auto" and device.type != "cpu"):
         return None
     if device.type != "cpu":
         raise BlockscaleError(
@@ -120,20 +163,35 @@ def check_out(
 
 
 def quantizer_outputs(
-    op: str, x: torch.Tensor, grid: tuple[int, ...], out: tuple[torch.Tensor, ...] | None
+    op: str,
+    x: torch.Tensor,
+    grid: tuple[int, ...],
+    out: tuple[torch.Tensor, ...] | None,
+    scale_layout: ScaleLayout = "row",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scale) of a quantizer of `x` with scales of shape `grid`: new ones, or `out` if it fits."""
     shape = tuple(x.shape)
     if out is None:
         codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
-        return codes, torch.empty(grid, dtype=torch.float32, device=x.device)
+        return codes, empty_scale(grid, scale_layout, x.device)
     if len(out) != 2:
         raise BlockscaleError(
             "bad argument", where=f"{op}: out", expected="(codes, scale)", got=f"{len(out)} values"
         )
     check_out(f"{op}: out[0]", out[0], x, shape, torch.float8_e4m3fn)
-    check_out(f"{op}: out[1]", out[1], x, grid, torch.float32)
+    if scale_layout == "row":
+        check_out(f"{op}: out[1]", out[1], x, grid, torch.float32)
+    else:
+        _check_column_scale(f"{op}: out[1]", out[1], empty_scale(grid, scale_layout, x.device))
     return out[0], out[1]
+
+
+def _check_column_scale(where: str, scale: torch.Tensor, like: torch.Tensor) -> None:
+    def tell(tensor: torch.Tensor) -> str:
+        return f"{tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+
+    if tell(scale) != tell(like) or scale.data_ptr() % 4:
+        raise BlockscaleError("unusable output", where=where, expected=tell(like), got=tell(scale))
 
 
 def bits(tensor: torch.Tensor, shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
@@ -177,6 +235,19 @@ def run_strips(work: Callable[[tuple[int, int]], T], strips: int, values: int, t
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Idle threads to help the caller's; they do not survive a fork, so every process has its own."""
     return ThreadPoolExecutor(threads, thread_name_prefix=f"blockscale-{process}")
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """(..., K) as (M, K) with adjacent values in a row; copied only if no strides say that."""
+    rows = x.detach().unsqueeze(0) if x.dim() == 1 else x.detach().flatten(0, -2)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def as_matrices(weight: torch.Tensor) -> torch.Tensor:
+    """(N, K) or (E, N, K) as (E, N, K) with adjacent values in a row; copied only if no strides say that."""
+    weight = weight.detach()
+    matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
+    return matrices if matrices.stride(2) == 1 else matrices.contiguous()
 
 
 def row_pieces(shape: tuple[int, int, int], block_n: int) -> Iterator[tuple[int, slice, slice]]:

@@ -31,9 +31,12 @@ def find_nonfinite(
     """
     checks.check_dtype(f"{_OP}: x", x.dtype, (*checks.HIGH_PRECISION, checks.CODES))
     threads = dispatch.check_threads(_OP, threads)
+    triton_kernels = dispatch.triton_kernels(_OP, "nonfinite", x.device, backend)
     kernels = dispatch.numba_kernels(_OP, x.device, backend)
     if x.numel() == 0:
         return 0, -1
+    if triton_kernels is not None:
+        return triton_kernels.find_nonfinite(x.detach().contiguous())
     if kernels is None:
         pieces = x.detach().reshape(-1).split(_PIECE)
         found = [_shifted(reference.find_nonfinite(piece), number) for number, piece in enumerate(pieces)]

@@ -47,11 +47,17 @@ def quantize_weight(
     fmt = BlockFP8(block_size, scale_fmt)
     checks.check_weight(_OP, weight)
     threads = dispatch.check_threads(_OP, threads)
+    triton_kernels = dispatch.triton_kernels(_OP, _OP, weight.device, backend)
     kernels = dispatch.numba_kernels(_OP, weight.device, backend)
     codes, scale = dispatch.quantizer_outputs(_OP, weight, fmt.scale_shape(tuple(weight.shape)), out)
     if weight.numel() == 0:
         return codes, scale
-    if kernels is None:
+    if triton_kernels is not None and triton_kernels.fits(tuple(weight.shape), fmt.block_size):
+        shape, grid = dispatch.matrix_shape(tuple(weight.shape)), dispatch.matrix_shape(tuple(scale.shape))
+        x = dispatch.as_matrices(weight)
+        q, s, pow2 = codes.view(shape), scale.view(grid), fmt.scale_fmt == "ue8m0"
+        finite = not int(triton_kernels.quantize_weight(x, q, s, fmt.block_size, pow2))
+    elif kernels is None:
         finite = _with_reference(weight, fmt, codes, scale)
     else:
         finite = _with_kernels(kernels, weight, fmt, codes, scale, threads)

@@ -9,13 +9,27 @@ from blockscale.reference.fp8 import (
     quantize_weight,
     round_up_to_power_of_two,
 )
+from blockscale.reference.fused import rms_norm_quantize, silu_mul_quantize
+from blockscale.reference.gemm import (
+    fp8_gemm_nt,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+)
+from blockscale.reference.moe import moe_permute, moe_unpermute
 
 __all__ = [
     "dequantize_activation",
     "dequantize_weight",
     "find_nonfinite",
+    "fp8_gemm_nt",
     "is_power_of_two",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
+    "moe_permute",
+    "moe_unpermute",
     "quantize_activation",
     "quantize_weight",
+    "rms_norm_quantize",
     "round_up_to_power_of_two",
+    "silu_mul_quantize",
 ]

@@ -17,13 +17,17 @@ dimension is the remainder. Rounding rules:
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch.nn.functional import pad
 
+from blockscale.errors import BlockscaleError
 from blockscale.formats import E4M3_MAX, BlockFP8, ScaleFmt
 from blockscale.reference import checks
 
+# "row": contiguous. "column": values of a column adjacent and columns 16-byte aligned, as GEMMs read them.
+ScaleLayout = Literal["row", "column"]
 # Smallest normal float32: a smaller weight scale would lose its own bits.
 MIN_WEIGHT_SCALE = 2.0**-126
 # DeepSeek's floor on the amax of activations, kept for parity with its kernels.
@@ -86,7 +90,10 @@ def dequantize_weight(
 
 
 def quantize_activation(
-    x: torch.Tensor, group_size: int = 128, scale_fmt: ScaleFmt = "float32"
+    x: torch.Tensor,
+    group_size: int = 128,
+    scale_fmt: ScaleFmt = "float32",
+    scale_layout: ScaleLayout = "row",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize the last dimension of `x` to E4M3 in groups; scale = max(amax, 1e-4) / 448.
 
@@ -98,6 +105,7 @@ def quantize_activation(
         x: (..., K); BF16, F16 or F32.
         group_size: G, values of a row that share a scale; the last group of a row is the remainder.
         scale_fmt: "float32", or "ue8m0" for scales that are powers of two.
+        scale_layout: of the scale in memory, see empty_scale.
 
     Returns:
         codes, float8_e4m3fn of the shape of x, and scale, float32 (..., ceil(K/G)).
@@ -112,7 +120,28 @@ def quantize_activation(
     if fmt.scale_fmt == "ue8m0":
         scale = round_up_to_power_of_two(scale)
     codes = _to_e4m3(rows / _spread(scale, fmt.block_size, rows.shape))
-    return codes.squeeze(-2), scale.squeeze(-2)
+    result = empty_scale((*scale.shape[:-2], scale.shape[-1]), scale_layout, x.device)
+    return codes.squeeze(-2), result.copy_(scale.squeeze(-2))
+
+
+def empty_scale(shape: tuple[int, ...], layout: ScaleLayout, device: torch.device) -> torch.Tensor:
+    """Uninitialized float32 scales (..., G) of activations.
+
+    Args:
+        shape: (..., G); the leading dimensions are the M rows.
+        layout: "row", contiguous; or "column", strides (..., 1, Mpad) with Mpad the number of rows rounded up
+            to a multiple of 4 (16 bytes), which is what TMA and the GEMMs like.
+        device: of the result.
+    """
+    if layout not in ("row", "column"):
+        raise BlockscaleError("unknown scale_layout", expected="row | column", got=repr(layout))
+    if layout == "row":
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    *lead, groups = shape
+    padded = -(-math.prod(lead) // 4) * 4
+    strides = [math.prod(lead[axis + 1 :]) for axis in range(len(lead))]
+    memory = torch.empty(groups * padded, dtype=torch.float32, device=device)
+    return memory.as_strided(shape, (*strides, padded))
 
 
 def dequantize_activation(

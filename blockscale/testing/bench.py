@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from blockscale.version import __version__
 
 
@@ -83,6 +85,7 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "machine": {
             "cpu": _cpu_model(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "memory_gb": _memory_gb(),
             "system": f"{platform.system()} {platform.release()}",
@@ -90,7 +93,7 @@ def environment() -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "blockscale": __version__,
-            **{name: _version(name) for name in ("torch", "numba", "numpy", "safetensors")},
+            **{name: _version(name) for name in ("torch", "triton", "numba", "numpy", "safetensors")},
         },
     }
 

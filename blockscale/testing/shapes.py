@@ -21,3 +21,13 @@ DEEPSEEK_V3 = {**DEEPSEEK_V3_ATTENTION, **DEEPSEEK_V3_FEED_FORWARD}
 
 # Casts are timed on one shape that fills memory with whole blocks, and one whose rows end in half a block.
 CAST_SHAPES: tuple[tuple[int, int], ...] = ((16384, 7168), (18432, 576))
+
+# Dense GEMMs are timed on these weights (N, K) of DeepSeek-V3: q_a + kv_a, q_b, kv_b, o, gate + up, down.
+GEMM_SHAPES: tuple[tuple[int, int], ...] = (
+    (2112, 7168),
+    (24576, 1536),
+    (32768, 512),
+    (7168, 16384),
+    (4096, 7168),
+    (7168, 2048),
+)

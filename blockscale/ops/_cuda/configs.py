@@ -1,0 +1,284 @@
+"""Tile shapes of the FP8 GEMM: what a kernel is compiled for, and which one a problem gets.
+
+A configuration is everything `fp8_gemm.cu` (many rows: `Tile`) or `fp8_gemm_few.cu` (few rows: `FewTile`)
+wants to know at compile time; problem sizes are run-time arguments, so a new shape compiles nothing unless it
+wants a new tile.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Kind = Literal["dense", "contiguous", "masked"]
+KINDS: tuple[Kind, ...] = ("dense", "contiguous", "masked")
+BLOCK_K = 128
+_SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks per multiprocessor
+_ALIGNMENT = 1024  # of the stages; the start of dynamic shared memory is not promised to have it
+_MAX_STAGES = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of 64 * warpgroups * waves rows by block_n columns; the terms are explained in `fp8_gemm.cu`.
+
+    Attributes:
+        block_n: columns of a tile, a multiple of 16 up to 256.
+        warpgroups: math warpgroups of a block.
+        waves: times 64 rows that a warpgroup computes.
+        split_n: parts of the columns that a warpgroup accumulates one after the other.
+        double: two partial sums a warpgroup; the next part runs while the last is promoted.
+        order: warpgroups issue in strict alternation.
+        share: operand that a cluster of two blocks loads together, or "" for no cluster.
+        occupancy: blocks on a multiprocessor.
+        band: tiles of M after which the order of tiles moves on along N.
+    """
+
+    block_n: int
+    warpgroups: int = 2
+    waves: int = 1
+    split_n: int = 1
+    double: bool = False
+    order: bool = False
+    share: Literal["", "a", "b"] = ""
+    occupancy: int = 1
+    band: int = 8
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return 64 * self.warpgroups * self.waves
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 2 if self.share else 1
+
+    @property
+    def super_tile(self) -> tuple[int, int]:
+        """Rows and columns that a cluster computes."""
+        return (
+            self.block_m * (2 if self.share == "b" else 1),
+            self.block_n * (2 if self.share == "a" else 1),
+        )
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage: both operands, the activation scales and two barriers."""
+        return (self.block_m + self.block_n) * BLOCK_K + self.block_m * 4 + 16
+
+    @property
+    def stages(self) -> int:
+        """Stages that fit."""
+        return min(_MAX_STAGES, (_SHARED_BYTES[self.occupancy] - _ALIGNMENT) // self.stage_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return _ALIGNMENT + self.stages * self.stage_bytes
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a math and of a feeding thread after the exchange."""
+        launch = 65536 // (self.threads * self.occupancy) // 8 * 8  # what a thread starts with
+        feed = 24
+        math_registers = (launch * (self.warpgroups + 1) - feed) // self.warpgroups // 8 * 8
+        return min(math_registers, 240), feed
+
+    @property
+    def boxes(self) -> tuple[int, int, int]:
+        """Rows of a, of b and of a_scale that one copy brings."""
+        halves = self.block_m // 2, self.block_n // 2
+        return (
+            halves[0] if self.share == "a" else self.block_m,
+            halves[1] if self.share == "b" else self.block_n,
+            self.block_m,
+        )
+
+    def sources(self, kind: Kind, *, out_float32: bool, bias: int) -> tuple[str, dict[str, str]]:
+        """Source file of the kernel and its generated headers; bias: 0 none, 1 bfloat16, 2 float32."""
+        math_registers, feed_registers = self.registers
+        constants = {
+            "BN": self.block_n, "WGS": self.warpgroups, "WAVES": self.waves, "NSPLIT": self.split_n,
+            "STAGES": self.stages, "CLUSTER": self.cluster, "OCCUPANCY": self.occupancy, "GROUP": self.band,
+            "MATH_REGISTERS": math_registers, "FEED_REGISTERS": feed_registers,
+            "DOUBLE": self.double, "ORDER": self.order, "SHARE_A": self.share == "a",
+            "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32,
+        }  # fmt: skip
+        headers = {
+            "config.cuh": _constants(constants),
+            "wgmma.cuh": wgmma_header(self.block_n // self.split_n),
+        }
+        return "fp8_gemm.cu", headers
+
+
+@dataclass(frozen=True)
+class FewTile:
+    """A tile of 64 * warpgroups * waves rows of b by `rows` rows of a; see `fp8_gemm_few.cu`.
+
+    Attributes:
+        rows: rows of a in a tile, 8 to 128 in steps of 8.
+        warpgroups: math warpgroups of a block.
+        waves: times 64 rows of b that a warpgroup computes, 1 or 2.
+        splits: blocks of a cluster, which divide K among them; a power of two up to 8.
+        occupancy: blocks on a multiprocessor.
+    """
+
+    rows: int
+    warpgroups: int = 1
+    waves: int = 2
+    splits: int = 1
+    occupancy: int = 2
+
+    @property
+    def block_n(self) -> int:
+        """Rows of b in a tile."""
+        return 64 * self.warpgroups * self.waves
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.splits
+
+    @property
+    def super_tile(self) -> tuple[int, int]:
+        """Rows and columns of out that a cluster computes."""
+        return self.rows, self.block_n
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * self.warpgroups + 32
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage: both operands, the activation scales and two barriers."""
+        return (self.rows + self.block_n) * BLOCK_K + max(128, self.rows * 4) + 16
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Shared memory besides the stages: alignment, the staged tile and two barriers."""
+        return _ALIGNMENT + self.rows * (self.block_n + 4) * 4 + 16
+
+    @property
+    def stages(self) -> int:
+        """Stages that fit."""
+        return min(_MAX_STAGES, (_SHARED_BYTES[self.occupancy] - self.fixed_bytes) // self.stage_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.fixed_bytes + self.stages * self.stage_bytes
+
+    @property
+    def boxes(self) -> tuple[int, int, int]:
+        """Rows of a, of b and of a_scale that one copy brings."""
+        return self.rows, self.block_n, self.rows
+
+    def sources(self, kind: Kind, *, out_float32: bool, bias: int) -> tuple[str, dict[str, str]]:
+        """Source file of the kernel and its generated headers; bias: 0 none, 1 bfloat16, 2 float32."""
+        constants = {
+            "BT": self.rows, "WGS": self.warpgroups, "WAVES": self.waves, "SPLITS": self.splits,
+            "STAGES": self.stages, "OCCUPANCY": self.occupancy,
+            "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32,
+        }  # fmt: skip
+        return "fp8_gemm_few.cu", {"config.cuh": _constants(constants), "wgmma.cuh": wgmma_header(self.rows)}
+
+
+AnyTile = Tile | FewTile
+
+
+def _constants(values: Mapping[str, int | bool]) -> str:
+    lines = ["#pragma once"]
+    for name, value in values.items():
+        if isinstance(value, bool):
+            lines.append(f"constexpr bool {name} = {str(value).lower()};")
+        else:
+            lines.append(f"constexpr int {name} = {value};")
+    return "\n".join(lines) + "\n"
+
+
+def wgmma_header(n: int) -> str:
+    """The text of wgmma.cuh: the instruction that adds 64 x n products over 32 of K to n / 2 registers."""
+    count = n // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    instruction = f"wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3"
+    return f"""#pragma once
+template <int ACCUMULATE>
+__device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a, unsigned long long b) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
+      "{instruction} {{{registers}}}, %{count}, %{count + 1}, p, 1, 1;\\n}}"
+      : {operands}
+      : "l"(a), "l"(b), "n"(ACCUMULATE));
+}}
+"""
+
+
+_FEW_ROWS = 128
+_STEPS_OF_A_SECOND_BLOCK = 48
+
+# Wide tiles read the least shared memory a product; among them the heuristic picks by waves.
+_DENSE = (
+    *(Tile(n, share="b") for n in (96, 112, 128, 144, 160, 176, 192)),
+    Tile(128, waves=2, share="a"),  # fewest bytes from the second-level cache
+    Tile(112, waves=2, share="a"),
+    Tile(96, waves=2, share="a"),
+)
+# Rows of different experts share no weights, so clusters share activations; a tile has one expert's 128 rows.
+_GROUPED = tuple(Tile(n, share="a") for n in (64, 96, 112, 128, 144, 160, 176, 192))
+
+
+def cycles(tile: Tile, supers: int, steps: int, processors: int) -> float:
+    """Estimated clock cycles of a problem: waves of tiles, each bound by tensor cores or shared memory."""
+    tensor = tile.block_m * tile.block_n / 32
+    reads = tile.block_m // 64 * (tile.block_n + 64 * tile.split_n)
+    step = max(tensor, reads + tile.block_m + tile.block_n) * tile.occupancy
+    store = tile.block_m * tile.block_n / 64
+    waves = math.ceil(supers / (processors * tile.occupancy // tile.cluster))
+    return waves * (steps * step + store)
+
+
+@functools.cache
+def choose(kind: Kind, sizes: tuple[int, int, int], experts: int, processors: int) -> AnyTile:
+    """The tile for sizes (M, N, K), M counted in rows of one expert if masked."""
+    m, n, k = sizes
+    steps = math.ceil(k / BLOCK_K)
+    if m <= _FEW_ROWS and kind != "contiguous":
+        return _choose_few(sizes, experts if kind == "masked" else 1, processors)
+
+    def cost(tile: Tile) -> float:
+        rows, columns = tile.super_tile
+        supers = math.ceil(m / rows) * math.ceil(n / columns) * (experts if kind == "masked" else 1)
+        return cycles(tile, supers, steps, processors)
+
+    return min(_DENSE if kind == "dense" else _GROUPED, key=cost)
+
+
+def _choose_few(sizes: tuple[int, int, int], experts: int, processors: int) -> FewTile:
+    """Tiles of 64 rows of b, and K divided while blocks fit the multiprocessors, as measured on an H100.
+
+    Every multiprocessor gets a block, and a second one where that leaves each enough steps to hide its start.
+    Experts fill the machine by themselves; they read longest runs from tiles of 128 rows.
+    """
+    m, n, k = sizes
+    rows = max(8, 1 << (m - 1).bit_length())
+    if experts > 1:
+        return FewTile(rows) if rows <= 64 else FewTile(rows, warpgroups=2, waves=1, occupancy=1)
+    tile = FewTile(rows, waves=1)
+    tiles, steps, splits = math.ceil(n / tile.block_n), math.ceil(k / BLOCK_K), 1
+    while splits < 8:
+        blocks, share = 2 * tiles * splits, steps // (2 * splits)
+        if blocks > processors and (blocks > 2 * processors or share < _STEPS_OF_A_SECOND_BLOCK):
+            break
+        splits *= 2
+    return replace(tile, splits=splits)

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers; importing a module of this package imports triton."""

@@ -1,0 +1,126 @@
+"""RMSNorm, optionally after a residual addition, and its quantization on the GPU, in one pass over memory.
+
+    h = x + residual        y = dtype(h * rsqrt(mean(h**2) + eps)) * weight        codes, scale = E4M3 of y
+
+x and residual (M, K), rows at any stride; weight (K,); h and codes (M, K) contiguous; scale (M, ceil(K/G)) at
+any strides. A program holds one row in registers. The squares are summed in float64, so the order of
+summation does not show in the float32 sum; every other rounding as in `blockscale/reference/fused.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from blockscale.ops._triton.device import current
+from blockscale.ops._triton.e4m3 import (
+    activation_scale,
+    converts_to_e4m3,
+    magnitude,
+    narrow_canonical,
+    scaled_codes,
+    through,
+    widen,
+)
+
+# 32 values a thread, 8 warps for a row of 7168 or 8192: four or more rows in flight on a multiprocessor.
+_VALUES_PER_WARP = 1024
+_MOST_WARPS = 16
+# A row has to fit the registers of one program.
+LARGEST_ROW = 1 << 15
+
+
+@triton.jit(do_not_specialize=["scale_row_stride", "scale_group_stride"])
+def _rms_norm_quantize_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    hidden_ptr,
+    codes_ptr,
+    scale_ptr,
+    columns,
+    groups,
+    x_stride,
+    residual_stride,
+    scale_row_stride,
+    scale_group_stride,
+    eps,
+    GROUP_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    POW2: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    CORRECTIONS: tl.constexpr = 2 if dtype == tl.float32 else 1
+    row = tl.program_id(0).to(tl.int64)
+    group, inside = tl.arange(0, GROUPS), tl.arange(0, WIDTH)
+    column = group[:, None] * GROUP_SIZE + inside[None, :]  # (GROUPS, WIDTH)
+    mask = (column < columns) & (inside < GROUP_SIZE)[None, :]
+    hidden = widen(tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0))
+    if HAS_RESIDUAL:
+        residual = widen(tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0))
+        added = narrow_canonical(hidden + residual, dtype)
+        tl.store(hidden_ptr + row * columns + column, added, mask=mask)
+        hidden = widen(added)
+    wide = hidden.to(tl.float64)
+    total = tl.sum(tl.sum(wide * wide, axis=1), axis=0).to(tl.float32)
+    variance = tl.div_rn(total, columns.to(tl.float32))
+    factor = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    normalized = through(hidden * factor, dtype)
+    weight = widen(tl.load(weight_ptr + column, mask=mask, other=0.0))
+    y = through(normalized * weight, dtype)
+    scale = activation_scale(tl.max(magnitude(y), axis=1), POW2)
+    codes = scaled_codes(y, scale[:, None], CORRECTIONS, POW2, NATIVE)
+    tl.store(codes_ptr + row * columns + column, codes, mask=mask)
+    scale_target = scale_ptr + row * scale_row_stride + group.to(tl.int64) * scale_group_stride
+    tl.store(scale_target, scale, mask=group < groups)
+
+
+def fits(columns: int, group_size: int) -> bool:
+    """Whether a row of groups fits the registers of a program."""
+    groups = triton.cdiv(max(1, columns), group_size)
+    return triton.next_power_of_2(groups) * triton.next_power_of_2(group_size) <= LARGEST_ROW
+
+
+def rms_norm_quantize(
+    inputs: tuple[torch.Tensor, torch.Tensor | None],
+    weight: torch.Tensor,
+    eps: float,
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    group_size: int,
+    pow2: bool,
+) -> None:
+    """Fill (codes, scale, hidden) from (x, residual), (M, K) with unit stride along K.
+
+    Residual and hidden are both there or both None.
+    """
+    (x, residual), (codes, scale, hidden) = inputs, outputs
+    rows, columns = x.shape
+    groups, width = scale.shape[1], triton.next_power_of_2(group_size)
+    groups_held = triton.next_power_of_2(groups)
+    with current(x.device):
+        _rms_norm_quantize_kernel[(rows,)](
+            x,
+            x if residual is None else residual,
+            weight,
+            x if hidden is None else hidden,
+            codes.view(torch.uint8),
+            scale,
+            columns,
+            groups,
+            x.stride(0),
+            x.stride(0) if residual is None else residual.stride(0),
+            scale.stride(0),
+            scale.stride(1),
+            eps,
+            GROUP_SIZE=group_size,
+            WIDTH=width,
+            GROUPS=groups_held,
+            HAS_RESIDUAL=residual is not None,
+            POW2=pow2,
+            NATIVE=converts_to_e4m3(x.device),
+            num_warps=min(_MOST_WARPS, max(1, groups_held * width // _VALUES_PER_WARP)),
+        )

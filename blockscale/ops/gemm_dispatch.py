@@ -1,0 +1,136 @@
+"""Which implementation runs a GEMM; the only place that knows.
+
+- CPU: dequantize to float32 and multiply ("dequantized").
+- Hopper (SM90): CUDA C++, Gluon or Triton, as measured on an H100 (`benchmarks/results/gemm.jsonl`).
+- other GPUs with FP8 arithmetic (SM89, SM100 and later): Triton.
+- older GPUs (A100, V100): FP8 is a storage format; dequantize to BF16 and multiply, said once in the log.
+What cannot be loaded (no Triton, no CUDA bindings) is passed over for the next, said once. The choice depends
+on device and sizes alone: nothing is tuned at call time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from blockscale.errors import BlockscaleError
+
+GemmBackend = Literal["auto", "reference", "dequantized", "triton", "gluon", "cuda", "cublas"]
+Op = Literal["fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"]
+
+_MODULES = {
+    "reference": "blockscale.reference.gemm",
+    "dequantized": "blockscale.ops._dequantized_gemm",
+    "triton": "blockscale.ops._triton.gemms",
+    "gluon": "blockscale.ops._gluon.gemm",
+    "cuda": "blockscale.ops._cuda.fp8_gemm",
+    "cublas": "blockscale.ops._cublas",
+}
+_NEEDS = {  # compute capability: from, below
+    "triton": ((8, 9), (99, 0)),
+    "gluon": ((9, 0), (10, 0)),
+    "cuda": ((9, 0), (10, 0)),
+    "cublas": ((9, 0), (10, 0)),
+}
+_logger = logging.getLogger(__name__)
+
+
+def implementation(
+    op: Op, device: torch.device, sizes: tuple[int, int, int], backend: GemmBackend
+) -> Callable[..., torch.Tensor]:
+    """The function that computes `op`.
+
+    Args:
+        op: name of the operator.
+        device: of its tensors.
+        sizes: (M, N, K); M of one expert, as expected, for masked rows.
+        backend: what the caller asked for.
+
+    Raises:
+        BlockscaleError: unknown backend, or one that cannot run on this device or has no such operator.
+    """
+    if backend not in ("auto", *_MODULES):
+        expected = " | ".join(("auto", *_MODULES))
+        raise BlockscaleError("unknown backend", where=f"{op}: backend", expected=expected, got=repr(backend))
+    if backend == "auto":
+        for name in _candidates(op, device, sizes):
+            if (found := _load(op, name)[0]) is not None:
+                return found
+    reason = _unfit(backend, device)
+    found, error = (None, reason) if reason else _load(op, backend)
+    if found is None:
+        raise BlockscaleError(
+            f"backend {backend} is not available", where=f"{op}: backend", got=error, remedy="use 'auto'"
+        )
+    return found
+
+
+def _candidates(op: Op, device: torch.device, sizes: tuple[int, int, int]) -> tuple[str, ...]:
+    """Backends for a device and sizes, the best first."""
+    if device.type != "cuda":
+        return ("dequantized",)
+    capability = _capability(device)
+    if capability < (8, 9):
+        _say_once(f"{torch.cuda.get_device_name(device)} has no FP8 arithmetic: weights are turned to BF16")
+        return ("dequantized",)
+    return (*_HOPPER[op](sizes), "dequantized") if capability[0] == 9 else ("triton", "dequantized")
+
+
+def _hopper_dense(sizes: tuple[int, int, int]) -> tuple[str, ...]:
+    """CUDA for few rows (swap-AB, split K), and where Gluon's tiles of 256 columns would be partly idle."""
+    m, n, _ = sizes
+    idle = -n % 256 / n
+    return ("cuda", "triton") if m <= 128 or idle > 0.05 else ("gluon", "cuda", "triton")
+
+
+def _hopper_contiguous(sizes: tuple[int, int, int]) -> tuple[str, ...]:
+    return "gluon", "cuda", "triton"
+
+
+def _hopper_masked(sizes: tuple[int, int, int]) -> tuple[str, ...]:
+    return "cuda", "triton"
+
+
+_HOPPER: dict[Op, Callable[[tuple[int, int, int]], tuple[str, ...]]] = {
+    "fp8_gemm_nt": _hopper_dense,
+    "m_grouped_fp8_gemm_nt_contiguous": _hopper_contiguous,
+    "m_grouped_fp8_gemm_nt_masked": _hopper_masked,
+}
+
+
+def _unfit(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device, or None."""
+    if backend not in _NEEDS:
+        return None
+    if device.type != "cuda":
+        # Triton's interpreter takes CPU tensors; the launchers say so themselves where it is off.
+        return None if backend == "triton" else f"a {device} tensor"
+    first, beyond = _NEEDS[backend]
+    capability = _capability(device)
+    return None if first <= capability < beyond else f"compute capability {capability[0]}.{capability[1]}"
+
+
+@functools.cache
+def _load(op: str, backend: str) -> tuple[Callable[..., torch.Tensor] | None, str]:
+    """The operator of a backend, or None and why there is none."""
+    try:
+        module = importlib.import_module(_MODULES[backend])
+    except ImportError as error:
+        _say_once(f"backend {backend} cannot be loaded ({error}): another takes its place, perhaps slower")
+        return None, str(error)
+    return getattr(module, op, None), f"it has no {op}"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _logger.warning("%s", message)

@@ -1,0 +1,97 @@
+"""The GEMMs as `torch.ops.blockscale.*`, so that `torch.compile` traces through them without a graph break.
+
+The public functions come here while they are being compiled; eager calls save the microseconds that PyTorch's
+dispatcher takes. Fake implementations are the argument checks, which look at no value.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from blockscale.ops import gemm
+from blockscale.ops.gemm_dispatch import GemmBackend
+from blockscale.reference import gemm_checks
+
+
+@torch.library.custom_op("blockscale::fp8_gemm_nt", mutates_args=())
+def fp8_gemm_nt(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    """`ops.fp8_gemm_nt`."""
+    chosen = cast(GemmBackend, backend)
+    return gemm.fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype, backend=chosen)
+
+
+@fp8_gemm_nt.register_fake
+def _(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> torch.Tensor:
+    return gemm_checks.dense_output((a, a_scale, b, b_scale), bias, out_dtype, None)
+
+
+@torch.library.custom_op("blockscale::m_grouped_fp8_gemm_nt_contiguous", mutates_args=())
+def m_grouped_fp8_gemm_nt_contiguous(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    m_indices: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    """`ops.m_grouped_fp8_gemm_nt_contiguous`."""
+    chosen = cast(GemmBackend, backend)
+    return gemm.m_grouped_fp8_gemm_nt_contiguous(a, a_scale, b, b_scale, m_indices, backend=chosen)
+
+
+@m_grouped_fp8_gemm_nt_contiguous.register_fake
+def _(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    m_indices: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    return gemm_checks.contiguous_output((a, a_scale, b, b_scale), m_indices, None)
+
+
+@torch.library.custom_op("blockscale::m_grouped_fp8_gemm_nt_masked", mutates_args=())
+def m_grouped_fp8_gemm_nt_masked(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    masked_m: torch.Tensor,
+    expected_m: int,
+    backend: str,
+) -> torch.Tensor:
+    """`ops.m_grouped_fp8_gemm_nt_masked`."""
+    chosen = cast(GemmBackend, backend)
+    return gemm.m_grouped_fp8_gemm_nt_masked(a, a_scale, b, b_scale, masked_m, expected_m, backend=chosen)
+
+
+@m_grouped_fp8_gemm_nt_masked.register_fake
+def _(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    masked_m: torch.Tensor,
+    expected_m: int,
+    backend: str,
+) -> torch.Tensor:
+    return gemm_checks.masked_output((a, a_scale, b, b_scale), masked_m, expected_m, None)
