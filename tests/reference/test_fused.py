@@ -23,7 +23,7 @@ def every(dtype):
 def ulps(got, truth):
     """Distance to a float64 truth in ulps of the float32 numbers about it."""
     exponent = torch.frexp(truth.abs().clamp_min(2.0**-126)).exponent
-    return (got.double() - truth).abs() / torch.ldexp(torch.ones((), dtype=torch.float64), exponent - 24)
+    return (got.double() - truth).abs() / torch.ldexp(torch.ones_like(truth), exponent - 24)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
