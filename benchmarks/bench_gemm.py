@@ -16,25 +16,29 @@ while weights are read, and a launch that takes longer than the flush counts as 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import math
 import multiprocessing
 import os
-import random
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.functional import ScalingType, SwizzleType, pad, scaled_mm
-from triton.testing import do_bench
 
 from blockscale import ops, reference
 from blockscale.metrics import calc_diff
-from blockscale.testing.bench import append_result, environment
+from blockscale.ops._cublas import multiply, padded_scale
+from blockscale.testing.bench import (
+    append_result,
+    environment,
+    flushed_microseconds,
+    interleave,
+    load_module,
+)
 from blockscale.testing.shapes import GEMM_SHAPES
 
 RESULTS = Path(__file__).parent / "results" / "gemm.jsonl"
@@ -64,6 +68,9 @@ class Problem:
         return self.x.shape[0], self.w.shape[0], self.x.shape[1]
 
 
+Make = Callable[[Problem], Run | None]  # None: this competitor sits this problem out
+
+
 def make_problem(m: int, n: int, k: int) -> Problem:
     """Gaussian operands on the GPU."""
     generator = torch.Generator("cuda").manual_seed(0)
@@ -74,7 +81,7 @@ def make_problem(m: int, n: int, k: int) -> Problem:
     return Problem(x, w, a, a_scale, b, b_scale, torch.empty(m, n, device="cuda", dtype=torch.bfloat16))
 
 
-def ours(backend: ops.GemmBackend) -> Callable[[Problem], Run]:
+def ours(backend: ops.GemmBackend) -> Make:
     """A competitor of this package."""
 
     def make(p: Problem) -> Run:
@@ -99,24 +106,12 @@ def cublas_one_scale(p: Problem) -> Run:
     return run
 
 
-def cublas_blocks(p: Problem) -> Run:
+def cublas_blocks(p: Problem) -> Run | None:
     """cuBLASLt with the same block scales, through torch; scales padded beforehand as it wants them."""
-    m, k = p.a.shape
-    if m == 1 or k % 128:
-        raise NotImplementedError("cuBLASLt has no kernel for one row")
-    b_scale = pad(p.b_scale, (0, -p.b_scale.shape[1] % 4)).t()
-    kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
-    plain = SwizzleType.NO_SWIZZLE
-
-    def run() -> torch.Tensor:
-        return scaled_mm(
-            *(p.a, p.b.t(), p.a_scale, kinds[0], b_scale, kinds[1]),
-            swizzle_a=plain,
-            swizzle_b=plain,
-            output_dtype=torch.bfloat16,
-        )
-
-    return run
+    if p.sizes[0] == 1:
+        return None  # it has no kernel for one row
+    b_scale = padded_scale(p.b_scale)
+    return lambda: multiply(p.a, p.a_scale, p.b, b_scale, torch.bfloat16)
 
 
 def deepgemm(p: Problem) -> Run:
@@ -133,20 +128,17 @@ def deepgemm(p: Problem) -> Run:
     return run
 
 
-def deepseek(kernel: Path) -> Callable[[Problem], Run]:
+def deepseek(kernel: Path) -> Make:
     """The Triton kernel of DeepSeek-V3's inference folder, at many rows.
 
-    It tunes itself at its first call for a weight shape, whatever the number of rows, and keeps that.
+    It tunes itself at its first call for a weight shape, whatever the number of rows, and keeps that. It sits
+    out few rows, or it would be slow at many.
     """
-    spec = importlib.util.spec_from_file_location("deepseek_kernel", kernel)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(kernel)
 
-    def make(p: Problem) -> Run:
+    def make(p: Problem) -> Run | None:
         if p.sizes[0] <= FEW_ROWS:
-            raise NotImplementedError("left out: it would be tuned for few rows, and be slow at many")
+            return None
         a_scale = p.a_scale.contiguous()
 
         def run() -> torch.Tensor:
@@ -160,9 +152,9 @@ def deepseek(kernel: Path) -> Callable[[Problem], Run]:
     return make
 
 
-def find_competitors(arguments: argparse.Namespace) -> dict[str, Callable[[Problem], Run]]:
+def find_competitors(arguments: argparse.Namespace) -> dict[str, Make]:
     """Ours, then every peer that is there."""
-    found = {f"blockscale {name}": ours(name) for name in arguments.backends}
+    found: dict[str, Make] = {f"blockscale {name}": ours(name) for name in arguments.backends}
     found |= {"bf16 matmul": bf16_matmul, "cublas fp8, one scale": cublas_one_scale}
     found |= {"cublas fp8, blocks": cublas_blocks}
     if importlib.util.find_spec("deep_gemm") is not None:
@@ -185,69 +177,38 @@ def compile_peers(arguments: argparse.Namespace, shapes: list[tuple[int, int, in
 def _call_once(job: tuple[argparse.Namespace, str, tuple[int, int, int]]) -> None:
     arguments, name, shape = job
     make = find_competitors(arguments).get(name)
-    if make is not None:
-        with contextlib.suppress(RuntimeError, NotImplementedError):  # the timed run tells
-            make(make_problem(*shape))()
-            torch.cuda.synchronize()
+    run = make(make_problem(*shape)) if make is not None else None
+    if run is not None:
+        run()
+        torch.cuda.synchronize()
 
 
-def compete(
-    p: Problem, competitors: dict[str, Callable[[Problem], Run]], rounds: int
-) -> dict[str, list[float]]:
-    """Microseconds of every round of every competitor that can do this problem, checked before."""
+def compete(p: Problem, competitors: dict[str, Make], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Microseconds by timing, competitor and round; a competitor is checked before it is timed."""
     exact = reference.fp8_gemm_nt(p.a, p.a_scale, p.b, p.b_scale, out_dtype=torch.float32)
-    runs: dict[str, Run] = {}
-    for name, make in competitors.items():
-        p.out.fill_(math.nan)
-        try:
-            run = make(p)
-            diff = calc_diff(run(), exact)
-        except NotImplementedError:
-            continue
-        except (RuntimeError, ValueError) as error:
-            print(f"{name} cannot do {p.sizes}: {str(error).splitlines()[0][:90]}")
-            continue
-        assert diff < TOLERANCE.get(name, 1e-5), f"{name} is wrong at {p.sizes}: calc_diff {diff:.2e}"
-        runs[name] = run
-    return _rounds({name: _flushed(run) for name, run in runs.items()}, rounds)
-
-
-def compete_in_graphs(
-    p: Problem, competitors: dict[str, Callable[[Problem], Run]], rounds: int
-) -> dict[str, list[float]]:
-    """Microseconds of a product in a CUDA graph that goes through weights larger than the L2 cache."""
     copies = max(2, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // p.b.nbytes))
     problems = [replace(p, b=p.b.clone(), b_scale=p.b_scale.clone()) for _ in range(copies)]
-    timers = {}
+    timers: dict[str, dict[str, Callable[[], float]]] = {"flushed": {}, "graph": {}}
     for name, make in competitors.items():
-        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
-            timers[name] = _captured([make(problem) for problem in problems])
-    return _rounds(timers, rounds)
-
-
-def _rounds(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in timers}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(timers), len(timers)):
-            found[name].append(timers[name]())
-    return found
-
-
-def _flushed(run: Run) -> Callable[[], float]:
-    return lambda: 1e3 * do_bench(run, warmup=10, rep=40, return_mode="median")
+        p.out.fill_(math.nan)
+        run = make(p)
+        if run is None:
+            continue
+        diff = calc_diff(run(), exact)
+        assert diff < TOLERANCE.get(name, 1e-5), f"{name} is wrong at {p.sizes}: calc_diff {diff:.2e}"
+        timers["flushed"][name] = partial(flushed_microseconds, run)
+        timers["graph"][name] = _captured([one for each in problems if (one := make(each)) is not None])
+    return {timing: interleave(each, rounds) for timing, each in timers.items()}
 
 
 def _captured(runs: list[Run]) -> Callable[[], float]:
-    for run in runs[:1]:
-        run()  # compiles, and makes what a graph cannot
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         for run in runs:
             run()
 
-    def seconds() -> float:
+    def microseconds() -> float:
         times = []
         for _ in range(12):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -256,9 +217,9 @@ def _captured(runs: list[Run]) -> Callable[[], float]:
             end.record()
             torch.cuda.synchronize()
             times.append(1e3 * start.elapsed_time(end) / len(runs))
-        return statistics.median(times[2:])
+        return statistics.median(times[2:])  # the first two warm up
 
-    return seconds
+    return microseconds
 
 
 def main() -> None:
@@ -279,11 +240,7 @@ def main() -> None:
     )
     tables: dict[str, dict[tuple[int, int, int], dict[str, float]]] = {"flushed": {}, "graph": {}}
     for shape in shapes:
-        problem = make_problem(*shape)
-        found = {
-            "flushed": compete(problem, competitors, arguments.rounds),
-            "graph": compete_in_graphs(problem, competitors, arguments.rounds),
-        }
+        found = compete(make_problem(*shape), competitors, arguments.rounds)
         for timing, rounds in found.items():
             tables[timing][shape] = {name: statistics.median(values) for name, values in rounds.items()}
             record = {"benchmark": "gemm", "m_n_k": shape, "timing": timing, "microseconds": rounds}
@@ -304,9 +261,7 @@ def measure_copy() -> float:
     """Bytes a second, read and written, of a 1 GiB device copy."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return (
-        2e3 * source.nbytes / do_bench(lambda: target.copy_(source), warmup=10, rep=60, return_mode="median")
-    )
+    return 2e6 * source.nbytes / flushed_microseconds(lambda: target.copy_(source))
 
 
 def print_ratios(table: dict[tuple[int, int, int], dict[str, float]], us: str) -> None:

@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from triton.testing import do_bench
 
 from blockscale import ops, reference
 from blockscale.metrics import calc_diff
-from blockscale.testing.bench import append_result, environment
+from blockscale.testing.bench import append_result, environment, flushed_microseconds, interleave
 
 RESULTS = Path(__file__).parent / "results" / "grouped.jsonl"
 # (experts, tokens an expert, N, K)
@@ -121,23 +120,18 @@ def compete(
         exact = reference.m_grouped_fp8_gemm_nt_masked(*operands, p.expected_m)
     else:
         exact = reference.m_grouped_fp8_gemm_nt_contiguous(*operands)
-    runs: dict[str, Run] = {}
+    timers: dict[str, Callable[[], float]] = {}
     for name, make in competitors.items():
         p.out.fill_(math.nan)
         try:
             run = make(p)
             diff = calc_diff(run()[counts], exact[counts])
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except (RuntimeError, ValueError) as error:
             print(f"{name} cannot: {str(error).splitlines()[0][:100]}")
             continue
         assert diff < 1e-5, f"{name} is wrong: calc_diff {diff:.2e}"
-        runs[name] = run
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(runs), len(runs)):
-            found[name].append(1e3 * do_bench(runs[name], warmup=10, rep=40, return_mode="median"))
-    return found
+        timers[name] = partial(flushed_microseconds, run)
+    return interleave(timers, rounds)
 
 
 def main() -> None:

@@ -12,14 +12,12 @@ the L2 cache flushed. Peers: the reference in eager PyTorch, torch.compile, and 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from triton.testing import do_bench
 
 from blockscale import ops, reference
 from blockscale.ops._triton import quantize_weight as weight_kernels
@@ -28,7 +26,14 @@ from blockscale.ops.rms_norm_quantize import rms_norm_quantize
 from blockscale.ops.silu_mul_quantize import silu_mul_quantize
 from blockscale.reference import fused, moe
 from blockscale.testing.asserts import assert_bitwise_equal
-from blockscale.testing.bench import Spread, append_result, environment
+from blockscale.testing.bench import (
+    Spread,
+    append_result,
+    environment,
+    flushed_microseconds,
+    interleave,
+    load_module,
+)
 
 RESULTS = Path(__file__).parent / "results" / "quantize.jsonl"
 GROUP = 128
@@ -203,16 +208,6 @@ def check(case: Case) -> int:
     return sum(tensor.nbytes for tensor in (*case.inputs, *truth))
 
 
-def compete(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of every round."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(runs), len(runs)):
-            times[name].append(1e3 * do_bench(runs[name], warmup=20, rep=60, return_mode="median"))
-    return times
-
-
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -222,7 +217,8 @@ def main() -> None:
     parser.add_argument("--no-append", action="store_true", help="print only")
     arguments = parser.parse_args()
     where = environment()
-    act_quant = None if arguments.deepseek_kernel is None else _load_act_quant(arguments.deepseek_kernel)
+    kernel = arguments.deepseek_kernel
+    act_quant = None if kernel is None else load_module(kernel).act_quant
     print(f"{where['machine']['gpu']}: microseconds, GB/s, percent of a copy of the same bytes")
     for name in arguments.cases:
         for case in CASES[name](act_quant):
@@ -230,7 +226,10 @@ def main() -> None:
             source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device="cuda")
             target = torch.empty_like(source)
             runs = {"copy": lambda source=source, target=target: target.copy_(source), "ours": case.run}
-            times = compete({**runs, **case.peers}, arguments.rounds)
+            timers = {
+                run: partial(flushed_microseconds, call) for run, call in {**runs, **case.peers}.items()
+            }
+            times = interleave(timers, arguments.rounds)
             spreads = {run: Spread.of(values) for run, values in times.items()}
             copy = spreads["copy"].median
             cells = [
@@ -242,15 +241,6 @@ def main() -> None:
             if not arguments.no_append:
                 microseconds = {run: asdict(spread) for run, spread in spreads.items()}
                 append_result(RESULTS, {**record, "microseconds": microseconds, **where})
-
-
-def _load_act_quant(kernel: Path) -> Callable[..., Tensors]:
-    spec = importlib.util.spec_from_file_location("deepseek_kernel", kernel)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.act_quant
 
 
 def _compiled(function: Callable[..., Tensors], *inputs: torch.Tensor) -> Run:

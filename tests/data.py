@@ -252,7 +252,7 @@ def read(folder: Path) -> Tensors:
     tensors: Tensors = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors |= {name: file.get_tensor(name) for name in sorted(file.keys())}
     return tensors
 
 

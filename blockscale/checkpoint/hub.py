@@ -125,7 +125,9 @@ def _refusal(path: HubPath, error: Exception, make: str | None = None) -> Blocks
     absent = "" if path.spec.startswith("hf://") else "no such folder, and "
     what = f"{absent}the Hub cannot be reached: {text.splitlines()[0]}"
     remedy = "check the network"
-    if isinstance(error, hub.GatedRepoError):
+    if isinstance(error, ValueError) and not isinstance(error, hub.HfHubHTTPError):
+        what, remedy = f"the Hub does not take this: {' '.join(text.split())}", "mend it, then run again"
+    elif isinstance(error, hub.GatedRepoError):
         what, remedy = "is a gated repository", "accept its terms on the Hub, then: hf auth login"
     elif isinstance(error, hub.RepositoryNotFoundError):
         what = f"{absent}no such Hub repository"

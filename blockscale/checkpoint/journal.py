@@ -18,14 +18,14 @@ from blockscale.checkpoint.remote import WORK_FOLDER
 from blockscale.checkpoint.source import Source
 from blockscale.checkpoint.writer import io_errors, sync_folder
 from blockscale.errors import BlockscaleError, BusyError
+from blockscale.paths import cache_folder
 
 
 def work_folder(target: Source) -> Path:
     """Where a run into this destination works."""
     if target.is_local:
         return Path(target.root) / WORK_FOLDER
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "blockscale" / hashlib.sha256(target.spec.rstrip("/").encode()).hexdigest()[:16]
+    return cache_folder() / hashlib.sha256(target.spec.rstrip("/").encode()).hexdigest()[:16]
 
 
 def lock_folder(folder: Path, target: Source) -> int:

@@ -1,6 +1,6 @@
 """The operators at the speed of the machine, same signatures as `blockscale.reference`; one op a file."""
 
-from blockscale.ops import library as library
+from blockscale.ops import operators as operators  # registers torch.ops.blockscale.*
 from blockscale.ops.dequantize_weight import dequantize_weight
 from blockscale.ops.gemm import (
     fp8_gemm_nt,

@@ -37,16 +37,27 @@ def fp8_gemm_nt(
             remedy="use backend='auto'",
         )
     columns = a_scale if a_scale.stride(0) == 1 else a_scale.t().contiguous().t()
-    padded = pad(b_scale, (0, -b_scale.shape[1] % 4)).t()
-    product = scaled_mm(
+    product = multiply(a, columns, b, padded_scale(b_scale), out_dtype)
+    return torch.add(product, bias, out=out) if bias is not None else out.copy_(product)
+
+
+def padded_scale(b_scale: torch.Tensor) -> torch.Tensor:
+    """The scales of a weight in cuBLASLt's layout: (groups of K padded to a multiple of 4, blocks of N)."""
+    return pad(b_scale, (0, -b_scale.shape[1] % 4)).t()
+
+
+def multiply(
+    a: torch.Tensor, a_scale: torch.Tensor, b: torch.Tensor, b_scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The product of (M, K) and (N, K) with column-major a_scale and padded b_scale, in `dtype`."""
+    return scaled_mm(
         a,
         b.t(),
-        columns,
+        a_scale,
         ScalingType.BlockWise1x128,
-        padded,
+        b_scale,
         ScalingType.BlockWise128x128,
         swizzle_a=SwizzleType.NO_SWIZZLE,
         swizzle_b=SwizzleType.NO_SWIZZLE,
-        output_dtype=out_dtype,
+        output_dtype=dtype,
     )
-    return torch.add(product, bias, out=out) if bias is not None else out.copy_(product)

@@ -58,9 +58,8 @@ def implementation(
         expected = " | ".join(("auto", *_MODULES))
         raise BlockscaleError("unknown backend", where=f"{op}: backend", expected=expected, got=repr(backend))
     if backend == "auto":
-        for name in _candidates(op, device, sizes):
-            if (found := _load(op, name)[0]) is not None:
-                return found
+        loaded = (_load(op, name)[0] for name in _candidates(op, device, sizes))
+        return next(run for run in loaded if run is not None)  # "dequantized" comes last and always loads
     reason = _unfit(backend, device)
     found, error = (None, reason) if reason else _load(op, backend)
     if found is None:

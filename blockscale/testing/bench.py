@@ -8,6 +8,7 @@ are therefore taken within a round and then summarized.
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -17,8 +18,10 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -66,16 +69,42 @@ def time_interleaved(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
     """Call every competitor once to warm up, then once a round, in an order drawn anew (seeded)."""
+
+    def timer(call: Callable[[], object]) -> float:
+        start = clock()
+        call()
+        return clock() - start
+
     for call in competitors.values():
         call()
-    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    return Timings(interleave({name: partial(timer, call) for name, call in competitors.items()}, rounds))
+
+
+def interleave(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call every timer once a round, in an order drawn anew (seeded); what each returned, by round."""
+    found: dict[str, list[float]] = {name: [] for name in timers}
     order = random.Random(0)
     for _ in range(rounds):
-        for name in order.sample(list(competitors), len(competitors)):
-            start = clock()
-            competitors[name]()
-            seconds[name].append(clock() - start)
-    return Timings(seconds)
+        for name in order.sample(list(timers), len(timers)):
+            found[name].append(timers[name]())
+    return found
+
+
+def flushed_microseconds(call: Callable[[], object]) -> float:
+    """Microseconds a call takes on the GPU with the L2 cache flushed: a median of Triton's `do_bench`."""
+    from triton.testing import do_bench
+
+    return 1e3 * do_bench(call, warmup=10, rep=40, return_mode="median")
+
+
+def load_module(file: Path) -> ModuleType:
+    """A peer's Python file as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def environment() -> dict[str, Any]:

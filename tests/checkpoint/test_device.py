@@ -21,7 +21,7 @@ def model() -> Model:
 def test_cuda_and_cpu_results_are_byte_identical(tmp_path: Path, model: Model, scale_fmt: str) -> None:
     source = write(tmp_path / "src", model)
     for device in ("cpu", "cuda"):
-        run = RunOptions(device=device)  # type: ignore[arg-type]
+        run = RunOptions(device=device)
         quantize_checkpoint(source, tmp_path / f"fp8-{device}", Recipe(scale_fmt), run=run)
         dequantize_checkpoint(tmp_path / "fp8-cpu", tmp_path / f"back-{device}", run=run)
     for kind in ("fp8", "back"):

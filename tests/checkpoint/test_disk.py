@@ -12,10 +12,6 @@ from blockscale import RunOptions, quantize_checkpoint
 from blockscale.checkpoint import convert, engine, tasks, workspace, writer
 from tests import data
 
-HOLDS = (
-    "already holds a checkpoint, or files that the result would replace (got {}); "
-    "choose another folder, or replace them with --overwrite"
-)
 FULL = "disk is full; free some space and run the same command again: finished shards are kept"
 
 

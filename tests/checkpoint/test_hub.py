@@ -316,3 +316,13 @@ def test_a_destination_on_the_hub_that_is_not_there(hub, source, cache):
     line = _refused(lambda: quantize_checkpoint(source, "hf://org/out", run=RunOptions(cluster="auto")))
     assert "a cluster cannot write to a Hub repository" in line
     assert data.contents(cache) == {}
+
+
+def test_a_model_card_that_the_hub_does_not_take(hub, source, cache):
+    head = hub.push("org/out", NEW)
+    (source / "README.md").write_text("---\nlicense: [\n---\n")
+    hub.refused["validate-yaml"] = (400, "")
+    line = _refused(lambda: quantize_checkpoint(source, "hf://org/out"))
+    assert line.startswith("hf://org/out: the Hub does not take this: ")
+    assert "README.md" in line
+    assert hub.refs["org/out", "main"] == head

@@ -108,7 +108,7 @@ def _headers(folder):
     tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
+            for name in sorted(file.keys()):
                 part = file.get_slice(name)
                 tensors[name] = (part.get_dtype(), tuple(part.get_shape()))
     return tensors

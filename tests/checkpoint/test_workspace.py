@@ -16,7 +16,6 @@ HOLDS = (
     "already holds a checkpoint, or files that the result would replace (got {}); "
     "choose another folder, or replace them with --overwrite"
 )
-FULL = "disk is full; free some space and run the same command again: finished shards are kept"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from blockscale import ops, reference
 from blockscale.errors import BlockscaleError
@@ -117,14 +118,12 @@ def test_the_operators_pass_opcheck(device):
     # Rows of the masked product that do not count are uninitialized: its values cannot be compared.
     static = ("test_autograd_registration", "test_faketensor")
     everything = (*static, "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
-    library, operands = torch.ops.blockscale, _operands(16, device=device)
-    torch.library.opcheck(
-        library.fp8_gemm_nt, (*operands, None, torch.bfloat16, "auto"), test_utils=everything
-    )
+    found, operands = torch.ops.blockscale, _operands(16, device=device)
+    opcheck(found.fp8_gemm_nt, (*operands, None, torch.bfloat16, "auto"), test_utils=everything)
     contiguous = (*_grouped(device=device), "auto")
-    torch.library.opcheck(library.m_grouped_fp8_gemm_nt_contiguous, contiguous, test_utils=everything)
+    opcheck(found.m_grouped_fp8_gemm_nt_contiguous, contiguous, test_utils=everything)
     masked = (*_masked(device=device), 8, "auto")
-    torch.library.opcheck(library.m_grouped_fp8_gemm_nt_masked, masked, test_utils=static)
+    opcheck(found.m_grouped_fp8_gemm_nt_masked, masked, test_utils=static)
 
 
 @pytest.mark.parametrize("device", DEVICES)

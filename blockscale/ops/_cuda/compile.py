@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from blockscale.errors import BlockscaleError
+from blockscale.paths import cache_folder
 
 ARCHITECTURE = "sm_90a"
 _OPTIONS = (f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "--device-as-default-execution-space")
@@ -36,7 +36,7 @@ def machine_code(main: str, headers: Mapping[str, str]) -> bytes:
     Raises:
         BlockscaleError: the source does not compile, or there is no NVRTC.
     """
-    path = _cache_folder() / f"{_key(main, headers)}.cubin"
+    path = cache_folder() / "cubin" / f"{_key(main, headers)}.cubin"
     try:
         return path.read_bytes()
     except OSError:
@@ -114,14 +114,6 @@ def _key(main: str, headers: Mapping[str, str]) -> str:
     version = _nvrtc(_bindings("nvrtc").nvrtcVersion())
     parts = [main, source_text(main), *(text for item in sorted(headers.items()) for text in item)]
     return hashlib.sha256(repr((version, _OPTIONS, parts)).encode()).hexdigest()[:40]
-
-
-def _cache_folder() -> Path:
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home()
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "blockscale" / "cubin"
 
 
 def _write(path: Path, code: bytes) -> None:

@@ -110,7 +110,7 @@ def _weights_through_registers(
     a_scale_ptrs = a_scale_ptr + m * stride_scale_m + first * stride_scale_g.to(tl.int64)  # (BLOCK_M,)
     b_scale_ptr += first
 
-    ahead = ()
+    ahead = ()  # one entry a step; mypy holds it to its first length
     for i in tl.static_range(DEPTH):
         ahead += (_weights(b_ptrs + i * 32, first + i, last, words, EVEN_K),)  # type: ignore[assignment]
     a_scale, b_scale = _scales(a_scale_ptrs, b_scale_ptr, tokens, first < last, BLOCK_M)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from torch.library import custom_op
 
 from blockscale.ops import gemm
 from blockscale.ops.gemm_dispatch import GemmBackend
 from blockscale.reference import gemm_checks
 
 
-@torch.library.custom_op("blockscale::fp8_gemm_nt", mutates_args=())
+@custom_op("blockscale::fp8_gemm_nt", mutates_args=())
 def fp8_gemm_nt(
     a: torch.Tensor,
     a_scale: torch.Tensor,
@@ -30,20 +31,7 @@ def fp8_gemm_nt(
     return gemm.fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype, backend=chosen)
 
 
-@fp8_gemm_nt.register_fake
-def _(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    b: torch.Tensor,
-    b_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> torch.Tensor:
-    return gemm_checks.dense_output((a, a_scale, b, b_scale), bias, out_dtype, None)
-
-
-@torch.library.custom_op("blockscale::m_grouped_fp8_gemm_nt_contiguous", mutates_args=())
+@custom_op("blockscale::m_grouped_fp8_gemm_nt_contiguous", mutates_args=())
 def m_grouped_fp8_gemm_nt_contiguous(
     a: torch.Tensor,
     a_scale: torch.Tensor,
@@ -57,19 +45,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     return gemm.m_grouped_fp8_gemm_nt_contiguous(a, a_scale, b, b_scale, m_indices, backend=chosen)
 
 
-@m_grouped_fp8_gemm_nt_contiguous.register_fake
-def _(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    b: torch.Tensor,
-    b_scale: torch.Tensor,
-    m_indices: torch.Tensor,
-    backend: str,
-) -> torch.Tensor:
-    return gemm_checks.contiguous_output((a, a_scale, b, b_scale), m_indices, None)
-
-
-@torch.library.custom_op("blockscale::m_grouped_fp8_gemm_nt_masked", mutates_args=())
+@custom_op("blockscale::m_grouped_fp8_gemm_nt_masked", mutates_args=())
 def m_grouped_fp8_gemm_nt_masked(
     a: torch.Tensor,
     a_scale: torch.Tensor,
@@ -84,14 +60,16 @@ def m_grouped_fp8_gemm_nt_masked(
     return gemm.m_grouped_fp8_gemm_nt_masked(a, a_scale, b, b_scale, masked_m, expected_m, backend=chosen)
 
 
+@fp8_gemm_nt.register_fake
+def _(a, a_scale, b, b_scale, bias, out_dtype, backend):
+    return gemm_checks.dense_output((a, a_scale, b, b_scale), bias, out_dtype, None)
+
+
+@m_grouped_fp8_gemm_nt_contiguous.register_fake
+def _(a, a_scale, b, b_scale, m_indices, backend):
+    return gemm_checks.contiguous_output((a, a_scale, b, b_scale), m_indices, None)
+
+
 @m_grouped_fp8_gemm_nt_masked.register_fake
-def _(
-    a: torch.Tensor,
-    a_scale: torch.Tensor,
-    b: torch.Tensor,
-    b_scale: torch.Tensor,
-    masked_m: torch.Tensor,
-    expected_m: int,
-    backend: str,
-) -> torch.Tensor:
+def _(a, a_scale, b, b_scale, masked_m, expected_m, backend):
     return gemm_checks.masked_output((a, a_scale, b, b_scale), masked_m, expected_m, None)

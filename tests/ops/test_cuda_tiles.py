@@ -1,0 +1,43 @@
+"""Which tile of the CUDA GEMM a problem gets, and that every tile on offer fits a Hopper multiprocessor."""
+
+import pytest
+
+from blockscale.ops._cuda import configs
+from blockscale.ops._cuda.configs import FewTile, choose
+
+H100 = 132
+SHARED_BYTES = 233472  # of a multiprocessor, 1024 of which each block loses to the system
+REGISTERS = 65536
+
+
+def _offered():
+    sizes = [(m, n, k) for m in (1, 17, 64, 128, 4096) for n, k in ((2112, 7168), (24576, 1536), (576, 576))]
+    found = {
+        choose(kind, size, 1 if kind == "dense" else 32, H100) for kind in configs.KINDS for size in sizes
+    }
+    return sorted({*found, *configs._DENSE, *configs._GROUPED}, key=repr)
+
+
+@pytest.mark.parametrize("tile", _offered(), ids=repr)
+def test_every_tile_on_offer_fits(tile):
+    assert tile.occupancy * (tile.shared_bytes + 1024) <= SHARED_BYTES
+    assert tile.stages >= 3, "fewer leave the tensor cores waiting for memory"
+    if not isinstance(tile, FewTile):
+        math_registers, feed_registers = tile.registers
+        used = 128 * (tile.warpgroups * math_registers + feed_registers) * tile.occupancy
+        assert used <= REGISTERS
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "splits"),
+    [(2112, 7168, 4), (24576, 1536, 1), (32768, 512, 1), (7168, 16384, 2), (4096, 7168, 2), (7168, 2048, 1)],
+)
+def test_few_rows_divide_k_while_multiprocessors_are_idle(n, k, splits):
+    tile = choose("dense", (16, n, k), 1, H100)
+    assert isinstance(tile, FewTile)
+    assert (tile.rows, tile.splits) == (16, splits)
+
+
+def test_a_tile_of_the_contiguous_form_has_the_rows_of_one_expert():
+    for experts, rows in ((8, 1024), (32, 256), (256, 128)):
+        assert choose("contiguous", (experts * rows, 4096, 7168), experts, H100).block_m == 128
