@@ -41,6 +41,12 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// What the kernel launched before has written is visible from here on, if this one was launched to overlap it.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The next kernel may be set up while this one runs; it waits itself before it touches memory.
+__device__ __forceinline__ void admit_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // ---- mbarriers -----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
@@ -137,6 +143,29 @@ __device__ __forceinline__ void load_box(u32 to, const TensorMap* map, u32 barri
       : "memory");
 }
 
+// Second-level cache policy for lines that are read once: they are the first to be replaced.
+__device__ __forceinline__ u64 read_once() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// The usual policy.
+__device__ __forceinline__ u64 read_again() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ void load_box_policy(u32 to, const TensorMap* map, u32 barrier, int column, int row,
+                                                int expert, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5}], [%2], %6;"
+      ::"r"(to), "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(column), "r"(row), "r"(expert), "l"(policy)
+      : "memory");
+}
+
 // The same box into both blocks of the cluster, at the same address, signalling the barrier of each.
 __device__ __forceinline__ void load_box_both(u32 to, const TensorMap* map, u32 barrier, int column, int row,
                                               int expert) {
@@ -147,6 +176,22 @@ __device__ __forceinline__ void load_box_both(u32 to, const TensorMap* map, u32 
       "h"(static_cast<unsigned short>(3))
       : "memory");
 }
+
+// A box from shared memory to memory, what lies inside the array of it; runs on after the call.
+__device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int column, int row, int expert) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+                   reinterpret_cast<u64>(map)),
+               "r"(from), "r"(column), "r"(row), "r"(expert)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// What this thread's stores read may be overwritten from here on.
+__device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// What this thread wrote to shared memory is visible to the copy engine.
+__device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- tensor cores --------------------------------------------------------------------------------------
 
@@ -186,10 +231,6 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- memory --------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float load_shared(u32 address) {
@@ -206,6 +247,14 @@ __device__ __forceinline__ float2 load_shared2(u32 address) {
 
 __device__ __forceinline__ void store_shared(u32 address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared2(u32 address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+
+__device__ __forceinline__ void store_shared_bits(u32 address, u32 value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
 // Four floats at `address` in the shared memory of block `rank` of the cluster, or of this block.
@@ -234,6 +283,10 @@ __device__ __forceinline__ void store16(void* to, u32 a, u32 b, u32 c, u32 d) {
 
 __device__ __forceinline__ void store8(void* to, u32 a, u32 b) {
   asm volatile("st.global.L1::no_allocate.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b) : "memory");
+}
+
+__device__ __forceinline__ void store4(void* to, u32 a) {
+  asm volatile("st.global.L1::no_allocate.b32 [%0], %1;" ::"l"(to), "r"(a) : "memory");
 }
 
 __device__ __forceinline__ int load_int(const int* from) {

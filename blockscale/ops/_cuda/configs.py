@@ -23,15 +23,13 @@ _MAX_STAGES = 8
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of 64 * warpgroups * waves rows by block_n columns; the terms are explained in `fp8_gemm.cu`.
+    """A tile of block_m rows by block_n columns; the terms are explained in `fp8_gemm.cu`.
 
     Attributes:
-        block_n: columns of a tile, a multiple of 16 up to 256.
+        block_n: columns of a tile, a multiple of 16 (of 32 if side) up to 256.
         warpgroups: math warpgroups of a block.
-        waves: times 64 rows that a warpgroup computes.
-        split_n: parts of the columns that a warpgroup accumulates one after the other.
-        double: two partial sums a warpgroup; the next part runs while the last is promoted.
-        order: warpgroups issue in strict alternation.
+        waves: times 64 rows that a warpgroup computes, 1 or 2.
+        side: warpgroups divide the columns rather than the rows.
         share: operand that a cluster of two blocks loads together, or "" for no cluster.
         occupancy: blocks on a multiprocessor.
         band: tiles of M after which the order of tiles moves on along N.
@@ -40,9 +38,7 @@ class Tile:
     block_n: int
     warpgroups: int = 2
     waves: int = 1
-    split_n: int = 1
-    double: bool = False
-    order: bool = False
+    side: bool = False
     share: Literal["", "a", "b"] = ""
     occupancy: int = 1
     band: int = 8
@@ -50,7 +46,12 @@ class Tile:
     @property
     def block_m(self) -> int:
         """Rows of a tile."""
-        return 64 * self.warpgroups * self.waves
+        return 64 * self.waves * (1 if self.side else self.warpgroups)
+
+    @property
+    def unit_n(self) -> int:
+        """Columns of a warpgroup."""
+        return self.block_n // (self.warpgroups if self.side else 1)
 
     @property
     def cluster(self) -> int:
@@ -75,15 +76,19 @@ class Tile:
         """Shared memory of a stage: both operands, the activation scales and two barriers."""
         return (self.block_m + self.block_n) * BLOCK_K + self.block_m * 4 + 16
 
-    @property
-    def stages(self) -> int:
-        """Stages that fit."""
-        return min(_MAX_STAGES, (_SHARED_BYTES[self.occupancy] - _ALIGNMENT) // self.stage_bytes)
+    def _fixed_bytes(self, out_float32: bool) -> int:
+        """Shared memory besides the stages: alignment and the staged rows of out."""
+        waves, size = (1, 4) if out_float32 else (self.waves, 2)
+        return _ALIGNMENT + self.warpgroups * waves * 64 * self.unit_n * size
 
-    @property
-    def shared_bytes(self) -> int:
+    def stages(self, out_float32: bool) -> int:
+        """Stages that fit."""
+        free = _SHARED_BYTES[self.occupancy] - self._fixed_bytes(out_float32)
+        return min(_MAX_STAGES, free // self.stage_bytes)
+
+    def shared_bytes(self, out_float32: bool) -> int:
         """Dynamic shared memory of a block."""
-        return _ALIGNMENT + self.stages * self.stage_bytes
+        return self._fixed_bytes(out_float32) + self.stages(out_float32) * self.stage_bytes
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -103,19 +108,25 @@ class Tile:
             self.block_m,
         )
 
+    def line_bytes(self, out_float32: bool) -> int:
+        """Bytes of a row of the boxes in which out is stored, 64 rows high: a width of the swizzle."""
+        row = self.unit_n * (4 if out_float32 else 2)
+        return next(width for width in (128, 64, 32) if row % width == 0)
+
     def sources(self, kind: Kind, *, out_float32: bool, bias: int) -> tuple[str, dict[str, str]]:
         """Source file of the kernel and its generated headers; bias: 0 none, 1 bfloat16, 2 float32."""
         math_registers, feed_registers = self.registers
         constants = {
-            "BN": self.block_n, "WGS": self.warpgroups, "WAVES": self.waves, "NSPLIT": self.split_n,
-            "STAGES": self.stages, "CLUSTER": self.cluster, "OCCUPANCY": self.occupancy, "GROUP": self.band,
+            "BN": self.block_n, "WGS": self.warpgroups, "WAVES": self.waves, "SIDE": self.side,
+            "STAGES": self.stages(out_float32), "CLUSTER": self.cluster, "OCCUPANCY": self.occupancy, "GROUP": self.band,
             "MATH_REGISTERS": math_registers, "FEED_REGISTERS": feed_registers,
-            "DOUBLE": self.double, "ORDER": self.order, "SHARE_A": self.share == "a",
+            "SHARE_A": self.share == "a",
+            "LINE_BYTES": self.line_bytes(out_float32),
             "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32,
         }  # fmt: skip
         headers = {
             "config.cuh": _constants(constants),
-            "wgmma.cuh": wgmma_header(self.block_n // self.split_n),
+            "wgmma.cuh": wgmma_header(self.unit_n),
         }
         return "fp8_gemm.cu", headers
 
@@ -164,19 +175,17 @@ class FewTile:
         return (self.rows + self.block_n) * BLOCK_K + max(128, self.rows * 4) + 16
 
     @property
-    def fixed_bytes(self) -> int:
-        """Shared memory besides the stages: alignment, the staged tile and two barriers."""
+    def _fixed_bytes(self) -> int:
+        """Shared memory besides the stages: alignment, the staged tile, float32 throughout, and two barriers."""
         return _ALIGNMENT + self.rows * (self.block_n + 4) * 4 + 16
 
-    @property
-    def stages(self) -> int:
+    def stages(self, out_float32: bool) -> int:  # noqa: ARG002 - as Tile's
         """Stages that fit."""
-        return min(_MAX_STAGES, (_SHARED_BYTES[self.occupancy] - self.fixed_bytes) // self.stage_bytes)
+        return min(_MAX_STAGES, (_SHARED_BYTES[self.occupancy] - self._fixed_bytes) // self.stage_bytes)
 
-    @property
-    def shared_bytes(self) -> int:
+    def shared_bytes(self, out_float32: bool) -> int:
         """Dynamic shared memory of a block."""
-        return self.fixed_bytes + self.stages * self.stage_bytes
+        return self._fixed_bytes + self.stages(out_float32) * self.stage_bytes
 
     @property
     def boxes(self) -> tuple[int, int, int]:
@@ -187,7 +196,7 @@ class FewTile:
         """Source file of the kernel and its generated headers; bias: 0 none, 1 bfloat16, 2 float32."""
         constants = {
             "BT": self.rows, "WGS": self.warpgroups, "WAVES": self.waves, "SPLITS": self.splits,
-            "STAGES": self.stages, "OCCUPANCY": self.occupancy,
+            "STAGES": self.stages(out_float32), "OCCUPANCY": self.occupancy,
             "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32,
         }  # fmt: skip
         return "fp8_gemm_few.cu", {"config.cuh": _constants(constants), "wgmma.cuh": wgmma_header(self.rows)}
@@ -241,7 +250,7 @@ _GROUPED = tuple(Tile(n, share="a") for n in (64, 96, 112, 128, 144, 160, 176, 1
 def cycles(tile: Tile, supers: int, steps: int, processors: int) -> float:
     """Estimated clock cycles of a problem: waves of tiles, each bound by tensor cores or shared memory."""
     tensor = tile.block_m * tile.block_n / 32
-    reads = tile.block_m // 64 * (tile.block_n + 64 * tile.split_n)
+    reads = tile.warpgroups * tile.waves * (tile.unit_n + 64)
     step = max(tensor, reads + tile.block_m + tile.block_n) * tile.occupancy
     store = tile.block_m * tile.block_n / 64
     waves = math.ceil(supers / (processors * tile.occupancy // tile.cluster))

@@ -1,82 +1,76 @@
-// From the accumulators of a warpgroup to memory, without shared memory: four lanes that hold eight columns of a
-// row in pieces of two exchange them, so that every lane stores 16 bytes and four of them 64 bytes of a row.
-// Included by fp8_gemm.cu, whose names it uses.
+// From the accumulators of a warpgroup to memory: through shared memory, so that the copy engine stores while the
+// next tile is multiplied. Included by fp8_gemm.cu, whose names it uses.
 #pragma once
 
-template <int VALUE>
-struct Number {
-  static constexpr int value = VALUE;
-};
-
-template <int FIRST_UNIT = 0, class Function>
-__device__ __forceinline__ void each_unit(Function&& function) {
-  if constexpr (FIRST_UNIT < UNITS) {
-    function(Number<FIRST_UNIT>{});
-    each_unit<FIRST_UNIT + 1>(function);
+// Calls function(row of the 64, column, x, y) for every pair of neighbouring sums of a wave.
+template <class Function>
+__device__ __forceinline__ void each_pair(const float (&sums)[SUMS], const Problem& problem, int n0, int columns,
+                                          Function&& function) {
+  const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+  for (int i = 0; i < SUMS; i += 2) {
+    const int column = i / 4 * 8 + lane % 4 * 2;
+    float x = sums[i], y = sums[i + 1];
+    if (BIAS != 0 && column < columns) {
+      x += bias_at(problem.bias, n0 + column);
+      y += bias_at(problem.bias, n0 + column + 1);
+    }
+    function(row + i / 2 % 2 * 8, column, x, y);
   }
 }
 
-// x of an even lane and y of its odd neighbour (lanes that differ in bit `mask`) stay, the others change places.
-__device__ __forceinline__ void exchange(u32& x, u32& y, int lane, int mask) {
-  const bool odd = lane & mask;
-  const u32 got = __shfl_xor_sync(0xffffffff, odd ? x : y, mask);
-  x = odd ? got : x;
-  y = odd ? y : got;
+// The end of an expert's rows, when masked: rows after it must not be touched, so no box fits.
+__device__ __forceinline__ void store_ragged(const Problem& problem, const Tile& tile, const float (&sums)[SUMS], int row0,
+                                             int n0, int columns) {
+  u8* const out = static_cast<u8*>(problem.out) + tile.expert * problem.out_expert * OUT_SIZE;
+  each_pair(sums, problem, n0, columns, [&](int row, int column, float x, float y) {
+    if (row0 + row >= tile.rows || column >= columns) return;
+    u8* const to = out + ((row0 + row) * problem.out_row + n0 + column) * OUT_SIZE;
+    if constexpr (OUT_F32) {
+      store8(to, __float_as_uint(x), __float_as_uint(y));
+    } else {
+      store4(to, pack(x, y));
+    }
+  });
 }
 
-__device__ __forceinline__ void store_tile(const Problem& problem, const Tile& tile, const float (&acc)[UNITS][SUMS],
-                                           int first_row) {
-  constexpr int BLOCKS = BN / 8, UNIT_BLOCKS = UNIT_N / 8, SIZE = OUT_F32 ? 4 : 2;
-  const int lane = threadIdx.x % 32, quarter = lane % 4;
-  const int row0 = tile.m0 + first_row + threadIdx.x % 128 / 32 * 16 + lane / 4;
-  u8* const out = static_cast<u8*>(problem.out) + (KIND == 2 ? tile.expert * problem.out_expert * SIZE : 0);
-
+__device__ __forceinline__ void store_tile(const Problem& problem, const TensorMap* map, const Tile& tile,
+                                           const float (&acc)[WAVES][SUMS], Memory memory, int warpgroup,
+                                           int first_row, int n0) {
+  const bool leader = threadIdx.x % 128 == 0;
+  const int columns = min(problem.n - n0, UNIT_N);
 #pragma unroll
-  for (int half = 0; half < 2 * WAVES; ++half) {
-    const int row = row0 + half / 2 * 64 + half % 2 * 8;
-    const int limit = row < tile.rows ? problem.n - tile.n0 : 0;  // columns to store
-    u8* const line = out + (row * problem.out_row + tile.n0) * SIZE;
-    // Columns 2 * quarter and 2 * quarter + 1 of eight.
-    auto pair = [&](int block, float& x, float& y) {
-      const float(&unit)[SUMS] = acc[half / 2 * NSPLIT + block / UNIT_BLOCKS];
-      x = unit[block % UNIT_BLOCKS * 4 + half % 2 * 2];
-      y = unit[block % UNIT_BLOCKS * 4 + half % 2 * 2 + 1];
-      if (BIAS != 0 && block * 8 < limit) {
-        x += bias_at(problem.bias, tile.n0 + block * 8 + quarter * 2);
-        y += bias_at(problem.bias, tile.n0 + block * 8 + quarter * 2 + 1);
+  for (int w = 0; w < WAVES; ++w) {
+    const int row0 = tile.m0 + first_row + w * 64;
+    if (KIND == 2 && row0 + 64 > tile.rows) {
+      store_ragged(problem, tile, acc[w], row0, n0, columns);
+      continue;
+    }
+    const u32 staged = memory.staged() + (warpgroup * STAGED_WAVES + w % STAGED_WAVES) * STAGED_BYTES;
+    if (w % STAGED_WAVES == 0) {
+      if (leader) store_wait();
+      named_sync(1 + warpgroup, 128);
+    }
+    each_pair(acc[w], problem, n0, columns, [&](int row, int column, float x, float y) {
+      // Boxes of LINE_BYTES a row, one after the other, swizzled as the copy engine does.
+      const int byte = column * OUT_SIZE;
+      const u32 plain = staged + byte / LINE_BYTES * 64 * LINE_BYTES + row * LINE_BYTES + byte % LINE_BYTES;
+      const u32 at = plain ^ ((plain >> 7 & (LINE_BYTES / 16 - 1)) << 4);
+      if constexpr (OUT_F32) {
+        store_shared2(at, x, y);
+      } else {
+        store_shared_bits(at, pack(x, y));
       }
-    };
-    auto packed = [&](int block) {
-      float x, y;
-      pair(block, x, y);
-      return pack(x, y);
-    };
-    if constexpr (OUT_F32) {
+    });
+    copy_engine_fence();
+    named_sync(1 + warpgroup, 128);
+    if (leader) {
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) {
-        float x, y;
-        pair(block, x, y);
-        if (block * 8 < limit) {
-          store8(line + (block * 8 + quarter * 2) * 4, __float_as_uint(x), __float_as_uint(y));
-        }
+      for (int box = 0; box < UNIT_N * OUT_SIZE / LINE_BYTES; ++box) {
+        const int column = box * (LINE_BYTES / OUT_SIZE);
+        if (column < columns) store_box(map, staged + box * 64 * LINE_BYTES, n0 + column, row0, KIND == 2 ? tile.expert : 0);
       }
-    } else {
-#pragma unroll
-      for (int block = 0; block + 4 <= BLOCKS; block += 4) {
-        u32 v0 = packed(block), v1 = packed(block + 1), v2 = packed(block + 2), v3 = packed(block + 3);
-        exchange(v0, v1, lane, 1);
-        exchange(v2, v3, lane, 1);
-        exchange(v0, v2, lane, 2);
-        exchange(v1, v3, lane, 2);
-        const int column = (block + quarter) * 8;
-        if (column < limit) store16(line + column * 2, v0, v1, v2, v3);
-      }
-      if constexpr (BLOCKS % 4 == 2) {
-        u32 v0 = packed(BLOCKS - 2), v1 = packed(BLOCKS - 1);
-        exchange(v0, v1, lane, 1);
-        const int column = (BLOCKS - 2 + quarter % 2) * 8 + quarter / 2 * 4;
-        if (column < limit) store8(line + column * 2, v0, v1);
-      }
+      store_commit();
     }
   }
 }

@@ -5,34 +5,32 @@
 //   Each 128 of K accumulates in float32 in the tensor cores, then acc = fma(partial, a_scale * b_scale, acc).
 //
 // A persistent block computes BM x BN tiles: one thread feeds a ring of STAGES stages (128 of K each) through the
-// copy engine, WGS math warpgroups take WAVES x 64 rows each. A unit is what one warpgroup accumulates at a time:
-// 64 rows x BN / NSPLIT columns. What keeps the tensor cores busy:
-// - the warpgroups share nothing but the ring, so one promotes, or stores its tile, while another multiplies;
-// - the first unit of the next tile is issued before a tile is stored;
-// - DOUBLE: two partial sums, so the next unit runs while the last is promoted.
+// copy engine, WGS math warpgroups take WAVES x 64 rows each, or, SIDE by side, all rows of their share of the
+// columns. What keeps the tensor cores busy: the warpgroups share nothing but the ring, so one promotes while
+// another multiplies, and a tile is stored by the copy engine while the next is multiplied.
 // CLUSTER = 2: two blocks share the rows of a (SHARE_A) or of b, each loads half for both.
 #include "config.cuh"
 #include "common.cuh"
 #include "wgmma.cuh"
 
 constexpr int BK = 128;
-constexpr int BM = 64 * WGS * WAVES;
-constexpr int UNITS = WAVES * NSPLIT;
-constexpr int UNIT_N = BN / NSPLIT;
-constexpr int SUMS = UNIT_N / 2;  // registers of a unit
-constexpr int BUFFERS = DOUBLE ? 2 : 1;
+constexpr int BM = 64 * WAVES * (SIDE ? 1 : WGS);
+constexpr int UNIT_N = BN / (SIDE ? WGS : 1);  // columns of a warpgroup
+constexpr int SUMS = UNIT_N / 2;               // registers of 64 x UNIT_N
 constexpr int SUPER_M = BM * (CLUSTER == 2 && !SHARE_A ? 2 : 1);  // what a cluster computes
 constexpr int SUPER_N = BN * (CLUSTER == 2 && SHARE_A ? 2 : 1);
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, SCALE_BYTES = BM * 4;
 constexpr int MATH_THREADS = WGS * 128;
-static_assert(!DOUBLE || UNITS % 2 == 0, "the partial sum of a unit has to be known at compile time");
-static_assert(BN % 16 == 0 && UNIT_N % 8 == 0 && BN <= 256, "tile width");
+constexpr int OUT_SIZE = OUT_F32 ? 4 : 2;
+constexpr int STAGED_WAVES = OUT_F32 ? 1 : WAVES;
+constexpr int STAGED_BYTES = 64 * UNIT_N * OUT_SIZE;  // a wave of a warpgroup
+static_assert(UNIT_N % 16 == 0 && BN <= 256 && WAVES <= 2, "tile shape");
 static_assert(KIND == 0 || CLUSTER == 1 || SHARE_A, "rows of different experts share no rows of b");
 
-// A tile starts at column 16 * o of a row of scales, o a multiple of FIRST: it sees up to SCALE_ROWS rows, and
-// 16 columns number j belong to row (o + j) / 8.
-constexpr int FIRST = BN % 128 == 0 ? 8 : BN % 64 == 0 ? 4 : BN % 32 == 0 ? 2 : 1;
-constexpr int SCALE_ROWS = (8 - FIRST + BN / 16 - 1) / 8 + 1;
+// A warpgroup starts at column 16 * o of a row of scales, o a multiple of FIRST: it sees up to SCALE_ROWS rows,
+// and 16 columns number j belong to row (o + j) / 8.
+constexpr int FIRST = UNIT_N % 128 == 0 ? 8 : UNIT_N % 64 == 0 ? 4 : UNIT_N % 32 == 0 ? 2 : 1;
+constexpr int SCALE_ROWS = (8 - FIRST + UNIT_N / 16 - 1) / 8 + 1;
 
 struct Tile {
   int m0, n0;  // first row (within the expert if masked) and column
@@ -86,18 +84,18 @@ struct Scheduler {
   }
 };
 
-// Shared memory: stages of a, of b (1024-byte aligned for the swizzle), of a_scale, then the barriers.
+// Shared memory: stages of a, of b, staged waves of out, all 1024-byte aligned for the swizzle; stages of a_scale,
+// barriers.
 struct Memory {
   u32 base;
 
   __device__ __forceinline__ u32 a(int stage) const { return base + stage * A_BYTES; }
   __device__ __forceinline__ u32 b(int stage) const { return base + STAGES * A_BYTES + stage * B_BYTES; }
+  __device__ __forceinline__ u32 staged() const { return base + STAGES * (A_BYTES + B_BYTES); }
   __device__ __forceinline__ u32 scale(int stage) const {
-    return base + STAGES * (A_BYTES + B_BYTES) + stage * SCALE_BYTES;
+    return staged() + WGS * STAGED_WAVES * STAGED_BYTES + stage * SCALE_BYTES;
   }
-  __device__ __forceinline__ u32 full(int stage) const {
-    return base + STAGES * (A_BYTES + B_BYTES + SCALE_BYTES) + stage * 8;
-  }
+  __device__ __forceinline__ u32 full(int stage) const { return scale(STAGES) + stage * 8; }
   __device__ __forceinline__ u32 empty(int stage) const { return full(stage) + STAGES * 8; }
 };
 
@@ -106,6 +104,7 @@ __device__ __forceinline__ void feed(const Problem& problem, const TensorMap* a,
   Scheduler scheduler(problem);
   Slot slot;
   Tile tile;
+  const u64 policy = KIND == 0 && problem.m_tiles == 1 ? read_once() : read_again();
   while (scheduler.take(tile)) {
     const int a_expert = KIND == 2 ? tile.expert : 0;
     for (int k = 0; k < problem.steps; ++k, slot.advance()) {
@@ -123,7 +122,7 @@ __device__ __forceinline__ void feed(const Problem& problem, const TensorMap* a,
         const int half = scheduler.rank * (BN / 2);
         load_box_both(to_b + half * BK, b, full, k * BK, tile.n0 + half, tile.expert);
       } else {
-        load_box(to_b, b, full, k * BK, tile.n0, tile.expert);
+        load_box_policy(to_b, b, full, k * BK, tile.n0, tile.expert, policy);
       }
     }
   }
@@ -131,36 +130,36 @@ __device__ __forceinline__ void feed(const Problem& problem, const TensorMap* a,
 
 // One lane holds the weight scales of one step, 32 steps in all; steps past the end count as 0.
 __device__ __forceinline__ void load_b_scales(float (&scales)[SCALE_ROWS], const Problem& problem, const Tile& tile,
-                                              int k) {
+                                              int first_column, int k) {
   k += threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < SCALE_ROWS; ++r) {
-    const int row = min(tile.n0 / 128 + r, problem.scale_rows - 1);
+    const int row = min((tile.n0 + first_column) / 128 + r, problem.scale_rows - 1);
     const i64 at = (i64(tile.expert) * problem.scale_rows + row) * problem.steps + k;
     scales[r] = k < problem.steps ? __ldg(problem.b_scale + at) : 0.0f;
   }
 }
 
-__device__ __forceinline__ void issue(float (&part)[SUMS], u32 a, u32 b, int warpgroup) {
-  if constexpr (ORDER && WGS == 2) named_sync(1 + warpgroup, 256);
+// part = a * b over one step of K.
+__device__ __forceinline__ void products(float (&part)[SUMS], u32 a, u32 b) {
+  const u64 a_operand = operand(a), b_operand = operand(b);
   pin(part);
   wgmma_fence();
-  const u64 a_operand = operand(a), b_operand = operand(b);
   wgmma<0>(part, a_operand, b_operand);
 #pragma unroll
   for (int i = 1; i < BK / 32; ++i) wgmma<1>(part, a_operand + 2 * i, b_operand + 2 * i);
   wgmma_commit();
   pin(part);
-  if constexpr (ORDER && WGS == 2) named_arrive(2 - warpgroup, 256);
+  wgmma_wait<0>();
+  pin(part);
 }
 
 // acc += part * scale; scale[h][r]: of the upper and lower eight rows, for the rows r of weight scales.
-template <int SPLIT>
 __device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&part)[SUMS],
                                         const float (&scale)[2][SCALE_ROWS], int boundary) {
 #pragma unroll
   for (int i = 0; i < SUMS / 4; ++i) {
-    const int j = (SPLIT * (SUMS / 4) + i) / 2, r = j / 8;
+    const int j = i / 2, r = j / 8;
     float upper = scale[0][r], lower = scale[1][r];
     if (j % 8 >= FIRST && r + 1 < SCALE_ROWS) {
       const bool next = j % 8 >= boundary;
@@ -171,14 +170,6 @@ __device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&part)[
     acc[4 * i + 1] = fmaf(part[4 * i + 1], upper, acc[4 * i + 1]);
     acc[4 * i + 2] = fmaf(part[4 * i + 2], lower, acc[4 * i + 2]);
     acc[4 * i + 3] = fmaf(part[4 * i + 3], lower, acc[4 * i + 3]);
-  }
-}
-
-__device__ __forceinline__ void clear(float (&acc)[UNITS][SUMS]) {
-#pragma unroll
-  for (int u = 0; u < UNITS; ++u) {
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) acc[u][i] = 0.0f;
   }
 }
 
@@ -195,105 +186,65 @@ __device__ __forceinline__ void release(u32 empty) {
 
 #include "epilogue.cuh"
 
-__device__ __forceinline__ void multiply(const Problem& problem, Memory memory, int warpgroup) {
+__device__ __forceinline__ void multiply(const Problem& problem, const TensorMap* out, Memory memory, int warpgroup) {
   const int lane = threadIdx.x % 32;
-  const int first_row = warpgroup * WAVES * 64;
+  const int first_row = SIDE ? 0 : warpgroup * WAVES * 64, first_column = SIDE ? warpgroup * UNIT_N : 0;
   const u32 my_row = (first_row + threadIdx.x % 128 / 32 * 16 + lane / 4) * 4;
   Scheduler scheduler(problem);
   Tile tile, next;
   if (!scheduler.take(tile)) return;
   Slot slot;
-  float acc[UNITS][SUMS], part[BUFFERS][SUMS], b_ahead[SCALE_ROWS], b_scale[SCALE_ROWS];
-  load_b_scales(b_ahead, problem, tile, 0);
-  if constexpr (ORDER && WGS == 2) {
-    if (warpgroup == 1) named_arrive(1, 256);
-  }
+  float acc[WAVES][SUMS], part[SUMS], b_ahead[SCALE_ROWS], b_scales[SCALE_ROWS];
+  load_b_scales(b_ahead, problem, tile, first_column, 0);
 
-  auto start = [&](float(&to)[SUMS], int stage, int unit) {
-    const int wave = unit / NSPLIT, split = unit % NSPLIT;
-    issue(to, memory.a(stage) + (first_row + wave * 64) * BK, memory.b(stage) + split * UNIT_N * BK, warpgroup);
-  };
-  barrier_wait(memory.full(0), 0);
-  start(part[0], 0, 0);
-
-  bool another = scheduler.take(next);
-  clear(acc);
-  for (int k = 0;;) {
-    if (k % 32 == 0) {
-#pragma unroll
-      for (int r = 0; r < SCALE_ROWS; ++r) b_scale[r] = b_ahead[r];
-      if (k + 32 < problem.steps) {
-        load_b_scales(b_ahead, problem, tile, k + 32);
-      } else if (another) {
-        load_b_scales(b_ahead, problem, next, 0);
-      }
-    }
-    float scale[WAVES][2][SCALE_ROWS];
+  while (true) {
+    const bool another = scheduler.take(next);
+    const int n0 = tile.n0 + first_column, boundary = 8 - n0 % 128 / 16;
 #pragma unroll
     for (int w = 0; w < WAVES; ++w) {
-      const u32 at = memory.scale(slot.stage) + my_row + w * 64 * 4;
-      const float upper = load_shared(at), lower = load_shared(at + 8 * 4);
 #pragma unroll
-      for (int r = 0; r < SCALE_ROWS; ++r) {
-        const float b = __shfl_sync(0xffffffff, b_scale[r], k % 32);
-        scale[w][0][r] = upper * b;
-        scale[w][1][r] = lower * b;
-      }
+      for (int i = 0; i < SUMS; ++i) acc[w][i] = 0.0f;
     }
-    const u32 empty = memory.empty(slot.stage);
-    const bool last = k + 1 == problem.steps, more = another || !last;
-    const int boundary = 8 - tile.n0 % 128 / 16;
-    each_unit([&](auto number) {
-      constexpr int u = number.value;
-      float(&current)[SUMS] = part[DOUBLE ? u % 2 : 0];
-      float(&other)[SUMS] = part[DOUBLE ? (u + 1) % 2 : 0];
-      auto start_following = [&] {
-        if constexpr (u + 1 < UNITS) {
-          start(other, slot.stage, u + 1);
-        } else {
-          // After the very last step this multiplies a used stage and nobody reads the result: wgmma_wait<1>
-          // counts on one more unit.
-          slot.advance();
-          if (more) barrier_wait(memory.full(slot.stage), slot.phase);
-          start(other, slot.stage, 0);
+    for (int k = 0; k < problem.steps; ++k, slot.advance()) {
+      if (k % 32 == 0) {
+#pragma unroll
+        for (int r = 0; r < SCALE_ROWS; ++r) b_scales[r] = b_ahead[r];
+        if (k + 32 < problem.steps) {
+          load_b_scales(b_ahead, problem, tile, first_column, k + 32);
+        } else if (another) {
+          load_b_scales(b_ahead, problem, next, first_column, 0);
         }
-      };
-      // Even units wait for all even if DOUBLE: ptxas serializes a wait<1> for a unit of the previous iteration.
-      if constexpr (DOUBLE && u % 2 == 1) {
-        start_following();
-        wgmma_wait<1>();
-      } else {
-        wgmma_wait<0>();
-        if constexpr (DOUBLE) start_following();
       }
-      pin(current);
-      if constexpr (u + 1 == UNITS) release(empty);
-      promote<u % NSPLIT>(acc[u], current, scale[u / NSPLIT], boundary);
-      if constexpr (!DOUBLE) {
-        pin(current);
-        start_following();
+      float b_scale[SCALE_ROWS];
+#pragma unroll
+      for (int r = 0; r < SCALE_ROWS; ++r) b_scale[r] = __shfl_sync(0xffffffff, b_scales[r], k % 32);
+      barrier_wait(memory.full(slot.stage), slot.phase);
+#pragma unroll
+      for (int w = 0; w < WAVES; ++w) {
+        const u32 at = memory.scale(slot.stage) + my_row + w * 64 * 4;
+        const float upper = load_shared(at), lower = load_shared(at + 8 * 4);
+        products(part, memory.a(slot.stage) + (first_row + w * 64) * BK, memory.b(slot.stage) + first_column * BK);
+        if (w + 1 == WAVES) release(memory.empty(slot.stage));
+        float scale[2][SCALE_ROWS];
+#pragma unroll
+        for (int r = 0; r < SCALE_ROWS; ++r) {
+          scale[0][r] = upper * b_scale[r];
+          scale[1][r] = lower * b_scale[r];
+        }
+        promote(acc[w], part, scale, boundary);
       }
-    });
-    ++k;
-    if (last) {
-      store_tile(problem, tile, acc, first_row);
-      if (!another) {
-        // Also what lets the unit in flight run on during store_tile: without a wait on every way out of the
-        // function, ptxas adds one after every issue.
-        wgmma_wait<0>();
-        return;
-      }
-      tile = next;
-      another = scheduler.take(next);
-      clear(acc);
-      k = 0;
     }
+    store_tile(problem, out, tile, acc, memory, warpgroup, first_row, n0);
+    if (!another) break;
+    tile = next;
   }
+  if (threadIdx.x % 128 == 0) store_wait();
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MATH_THREADS + 128, OCCUPANCY)
     fp8_gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
-             const __grid_constant__ TensorMap a_scale, const __grid_constant__ Problem problem) {
+             const __grid_constant__ TensorMap a_scale, const __grid_constant__ TensorMap out,
+             const __grid_constant__ Problem problem) {
   extern __shared__ u8 raw[];
   const Memory memory{(shared_address(raw) + 1023) & ~1023u};
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
@@ -301,6 +252,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MAT
     prefetch_map(&a);
     prefetch_map(&b);
     prefetch_map(&a_scale);
+    prefetch_map(&out);
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(memory.full(stage), 1);
       barrier_init(memory.empty(stage), WGS * 4 * CLUSTER);
@@ -309,6 +261,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MAT
   }
   __syncthreads();
   if constexpr (CLUSTER == 2) cluster_sync();
+  wait_for_previous_kernel();
+  admit_next_kernel();
 
   if (warpgroup == WGS) {
     give_registers<FEED_REGISTERS>();
@@ -316,7 +270,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MAT
     __syncwarp();
   } else {
     take_registers<MATH_REGISTERS>();
-    multiply(problem, memory, warpgroup);
+    multiply(problem, &out, memory, warpgroup);
   }
   // A block must not leave while its neighbour still signals its barriers.
   if constexpr (CLUSTER == 2) cluster_sync();

@@ -23,7 +23,7 @@ from cuda.bindings import driver
 
 from blockscale.errors import BlockscaleError
 from blockscale.ops._cuda.compile import check, load_kernel, machine_code, source_text
-from blockscale.ops._cuda.configs import BLOCK_K, AnyTile, FewTile, Kind, choose
+from blockscale.ops._cuda.configs import BLOCK_K, AnyTile, FewTile, Kind, Tile, choose
 
 _BIAS_KINDS = {None: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -44,9 +44,7 @@ class _Launch:
     """A kernel with everything but the stream."""
 
     function: Any
-    grid: int
-    threads: int
-    shared_bytes: int
+    config: Any
     arguments: int  # address of the array of pointers to the arguments
     keep: tuple[Any, ...]  # what these pointers point to
 
@@ -144,9 +142,8 @@ def _run(kind: Kind, tensors: tuple[Any, ...], rows: int, tile: AnyTile | None) 
         tensors = (aligned(a), column_major(a_scale), aligned(b), b_scale.contiguous(), out, bias, layout)
         _run(kind, tensors, rows, tile)
         return
-    stream = torch.cuda.current_stream().cuda_stream
-    sizes = launch.grid, 1, 1, launch.threads, 1, 1, launch.shared_bytes
-    result = driver.cuLaunchKernel(launch.function, *sizes, stream, launch.arguments, 0)
+    launch.config.hStream = torch.cuda.current_stream().cuda_stream
+    result = driver.cuLaunchKernelEx(launch.config, launch.function, launch.arguments, 0)
     if result[0] != driver.CUresult.CUDA_SUCCESS:
         check(result)
 
@@ -207,25 +204,43 @@ def _prepare(
     if not codes_fit or not scales_fit or not _is_packed((experts, scale_rows, steps), b_scale_stride):
         return None
     tile = tile or choose(kind, (rows, n, k), experts, _processors(device))
-    function = _kernel(kind, tile, out_dtype == torch.float32, _BIAS_KINDS[bias_dtype], device)
     a_experts = experts if kind == "masked" else 1
     a_box, b_box, scale_box = tile.boxes
     scale_stride = (*a_scale_stride[:-2], a_scale_stride[-1], 1)
-    maps = (
-        tensor_map(a, (k, m, a_experts), a_stride, (BLOCK_K, a_box)),
-        tensor_map(b, (k, n, experts), b_stride, (BLOCK_K, b_box)),
-        tensor_map(a_scale, (m, steps, a_experts), scale_stride, (scale_box, 1), codes=False),
-    )
+    out_float32 = out_dtype == torch.float32
+    maps = [
+        tensor_map(a, (k, m, a_experts), a_stride, (BLOCK_K, a_box), 1, swizzle=BLOCK_K),
+        tensor_map(b, (k, n, experts), b_stride, (BLOCK_K, b_box), 1, swizzle=BLOCK_K),
+        tensor_map(a_scale, (m, steps, a_experts), scale_stride, (scale_box, 1), 4, swizzle=0),
+    ]
+    if isinstance(tile, Tile):
+        size, line = (4 if out_float32 else 2), tile.line_bytes(out_float32)
+        maps.append(tensor_map(out, (n, m, a_experts), out_stride, (line // size, 64), size, swizzle=line))
     super_m, super_n = tile.super_tile
     m_tiles, n_tiles = math.ceil(m / super_m), math.ceil(n / super_n)
     problem = _Problem(
         b_scale, out, bias, layout, out_stride[-2], out_stride[0] if kind == "masked" else 0,
         m, n, experts, steps, scale_rows, m_tiles, n_tiles,
     )  # fmt: skip
-    arguments = (ctypes.c_void_p * 4)(*(int(each.getPtr()) for each in maps), ctypes.addressof(problem))
+    arguments = (ctypes.c_void_p * (len(maps) + 1))(*(int(each.getPtr()) for each in maps), ctypes.addressof(problem))
     grid = grid_size(tile, None if kind == "masked" else m_tiles * n_tiles, _processors(device))
     keep = (*maps, problem, arguments)
-    return _Launch(function, grid, tile.threads, tile.shared_bytes, ctypes.addressof(arguments), keep)
+    config = _launch_config(grid, tile.threads, tile.shared_bytes(out_float32))
+    function = _kernel(kind, tile, out_float32, _BIAS_KINDS[bias_dtype], device)
+    return _Launch(function, config, ctypes.addressof(arguments), keep)
+
+
+def _launch_config(grid: int, threads: int, shared_bytes: int) -> Any:
+    """Sizes of a launch, which may be set up while the kernel before it still runs (the kernel itself waits)."""
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def grid_size(tile: AnyTile, tiles: int | None, processors: int) -> int:
@@ -246,22 +261,27 @@ def tensor_map(
     sizes: tuple[int, int, int],
     stride: tuple[int, ...],
     box: tuple[int, int],
+    element: int,
     *,
-    codes: bool = True,
+    swizzle: int,
 ) -> Any:
-    """Tensor map of a 3-D array (column, row, expert), of E4M3 codes in swizzled boxes or of float32 scales.
+    """Tensor map of a 3-D array (column, row, expert) of elements of 1, 2 or 4 bytes, moved in boxes.
 
-    stride: of (expert,) row and column, in elements. What lies outside the array is read as zeros.
+    stride: of (expert,) row and column, in elements. What lies outside the array is read as zeros and not
+    written. swizzle: bytes of a row of a box within which it is swizzled, or 0.
     """
-    size = 1 if codes else 4
     # The stride of a dimension of one element may be anything to PyTorch, and is checked by the driver.
-    row = (stride[-2] if sizes[1] > 1 else math.ceil(sizes[0] / 16) * 16) * size
-    expert = stride[0] * size if sizes[2] > 1 else row * sizes[1]
+    row = (stride[-2] if sizes[1] > 1 else math.ceil(sizes[0] / 16) * 16) * element
+    expert = stride[0] * element if sizes[2] > 1 else row * sizes[1]
     kinds = driver.CUtensorMapDataType
     swizzles = driver.CUtensorMapSwizzle
     return check(
         driver.cuTensorMapEncodeTiled(
-            kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if codes else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            {
+                1: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                2: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                4: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            }[element],
             3,
             address,
             [driver.cuuint64_t(each) for each in sizes],
@@ -269,7 +289,12 @@ def tensor_map(
             [driver.cuuint32_t(each) for each in (*box, 1)],
             [driver.cuuint32_t(1)] * 3,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if codes else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
+            {
+                0: swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
+                32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
+                64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+                128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
+            }[swizzle],
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
@@ -280,7 +305,7 @@ def tensor_map(
 def _kernel(kind: Kind, tile: AnyTile, out_float32: bool, bias_kind: int, device: int) -> Any:
     """The loaded kernel, compiled if nobody did before; the device is current."""
     main, headers = kernel_sources(kind, tile, out_float32, bias_kind)
-    return load_kernel(machine_code(main, headers), main.removesuffix(".cu"), tile.shared_bytes)
+    return load_kernel(machine_code(main, headers), main.removesuffix(".cu"), tile.shared_bytes(out_float32))
 
 
 def kernel_sources(

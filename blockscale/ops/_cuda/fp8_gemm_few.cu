@@ -78,12 +78,13 @@ __device__ __forceinline__ void feed(const Problem& problem, const TensorMap* a,
   Slot slot;
   Tile tile;
   const int first = first_step(problem, rank), last = first_step(problem, rank + 1);
+  const u64 once = read_once();
   while (scheduler.take(tile)) {
     for (int k = first; k < last; ++k, slot.advance()) {
       const u32 full = memory.full(slot.stage);
       barrier_wait(memory.empty(slot.stage), slot.phase ^ 1);
       barrier_expect(full, A_BYTES + B_BYTES + BT * 4);
-      load_box(memory.b(slot.stage), b, full, k * BK, tile.n0, tile.expert);
+      load_box_policy(memory.b(slot.stage), b, full, k * BK, tile.n0, tile.expert, once);
       load_box(memory.a(slot.stage), a, full, k * BK, tile.m0, tile.expert);
       load_box(memory.scale(slot.stage), a_scale, full, tile.m0, k, tile.expert);
     }
@@ -238,6 +239,8 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(MATH
   }
   __syncthreads();
   if constexpr (SPLITS > 1) cluster_sync();
+  wait_for_previous_kernel();
+  admit_next_kernel();
 
   if (warpgroup == WGS) {
     if (threadIdx.x == MATH_THREADS) feed(problem, &a, &b, &a_scale, memory, rank);
