@@ -17,7 +17,6 @@ Kind = Literal["dense", "contiguous", "masked"]
 KINDS: tuple[Kind, ...] = ("dense", "contiguous", "masked")
 BLOCK_K = 128
 _SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks per multiprocessor
-_ALIGNMENT = 1024  # of the stages; the start of dynamic shared memory is not promised to have it
 _MAX_STAGES = 8
 
 
@@ -30,18 +29,22 @@ class Tile:
         warpgroups: math warpgroups of a block.
         waves: times 64 rows that a warpgroup computes, 1 or 2.
         side: warpgroups divide the columns rather than the rows.
-        share: operand that a cluster of two blocks loads together, or "" for no cluster.
+        share: operands that neighbouring blocks of a cluster load together: none, a, b or both.
         occupancy: blocks on a multiprocessor.
-        band: tiles of M after which the order of tiles moves on along N.
+        along: dimension along which tiles follow one another.
+        band: tiles after which their order moves on along the other dimension.
+        staged: most boxes of out that a warpgroup has in shared memory at a time; None: all of a bfloat16 tile.
     """
 
     block_n: int
     warpgroups: int = 2
     waves: int = 1
     side: bool = False
-    share: Literal["", "a", "b"] = ""
+    share: Literal["", "a", "b", "ab"] = ""
     occupancy: int = 1
+    along: Literal["m", "n"] = "m"
     band: int = 8
+    staged: int | None = None
 
     @property
     def block_m(self) -> int:
@@ -56,14 +59,14 @@ class Tile:
     @property
     def cluster(self) -> int:
         """Blocks of a cluster."""
-        return 2 if self.share else 1
+        return 2 ** len(self.share)
 
     @property
     def super_tile(self) -> tuple[int, int]:
         """Rows and columns that a cluster computes."""
         return (
-            self.block_m * (2 if self.share == "b" else 1),
-            self.block_n * (2 if self.share == "a" else 1),
+            self.block_m * (2 if "b" in self.share else 1),
+            self.block_n * (2 if "a" in self.share else 1),
         )
 
     @property
@@ -76,10 +79,15 @@ class Tile:
         """Shared memory of a stage: both operands, the activation scales and two barriers."""
         return (self.block_m + self.block_n) * BLOCK_K + self.block_m * 4 + 16
 
+    def staged_boxes(self, out_float32: bool) -> int:
+        """Boxes of out that a warpgroup has in shared memory, a divisor of the boxes of a tile."""
+        boxes = self.waves * self.unit_n * (4 if out_float32 else 2) // self.line_bytes(out_float32)
+        most = self.staged or (boxes // 2 if out_float32 else boxes)  # float32 takes twice the room
+        return max(count for count in range(1, max(1, most) + 1) if boxes % count == 0)
+
     def _fixed_bytes(self, out_float32: bool) -> int:
-        """Shared memory besides the stages: alignment and the staged rows of out."""
-        waves, size = (1, 4) if out_float32 else (self.waves, 2)
-        return _ALIGNMENT + self.warpgroups * waves * 64 * self.unit_n * size
+        """Shared memory besides the stages: boxes of out."""
+        return self.warpgroups * self.staged_boxes(out_float32) * 64 * self.line_bytes(out_float32)
 
     def stages(self, out_float32: bool) -> int:
         """Stages that fit."""
@@ -103,8 +111,8 @@ class Tile:
         """Rows of a, of b and of a_scale that one copy brings."""
         halves = self.block_m // 2, self.block_n // 2
         return (
-            halves[0] if self.share == "a" else self.block_m,
-            halves[1] if self.share == "b" else self.block_n,
+            halves[0] if "a" in self.share else self.block_m,
+            halves[1] if "b" in self.share else self.block_n,
             self.block_m,
         )
 
@@ -118,10 +126,10 @@ class Tile:
         math_registers, feed_registers = self.registers
         constants = {
             "BN": self.block_n, "WGS": self.warpgroups, "WAVES": self.waves, "SIDE": self.side,
-            "STAGES": self.stages(out_float32), "CLUSTER": self.cluster, "OCCUPANCY": self.occupancy, "GROUP": self.band,
+            "STAGES": self.stages(out_float32), "OCCUPANCY": self.occupancy, "GROUP": self.band,
             "MATH_REGISTERS": math_registers, "FEED_REGISTERS": feed_registers,
-            "SHARE_A": self.share == "a",
-            "LINE_BYTES": self.line_bytes(out_float32),
+            "SHARE_A": "a" in self.share, "SHARE_B": "b" in self.share, "ALONG_N": self.along == "n",
+            "STAGED": self.staged_boxes(out_float32), "LINE_BYTES": self.line_bytes(out_float32),
             "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32,
         }  # fmt: skip
         headers = {
@@ -176,8 +184,8 @@ class FewTile:
 
     @property
     def _fixed_bytes(self) -> int:
-        """Shared memory besides the stages: alignment, the staged tile, float32 throughout, and two barriers."""
-        return _ALIGNMENT + self.rows * (self.block_n + 4) * 4 + 16
+        """Shared memory besides the stages: the staged tile, float32 whatever the output, and two barriers."""
+        return self.rows * (self.block_n + 4) * 4 + 16
 
     def stages(self, out_float32: bool) -> int:  # noqa: ARG002 - as Tile's
         """Stages that fit."""
@@ -253,6 +261,8 @@ def cycles(tile: Tile, supers: int, steps: int, processors: int) -> float:
     reads = tile.warpgroups * tile.waves * (tile.unit_n + 64)
     step = max(tensor, reads + tile.block_m + tile.block_n) * tile.occupancy
     store = tile.block_m * tile.block_n / 64
+    if tile.cluster > 2:
+        processors -= processors % 16  # groups of 16 or 18 multiprocessors: some are in no cluster of 4
     waves = math.ceil(supers / (processors * tile.occupancy // tile.cluster))
     return waves * (steps * step + store)
 

@@ -223,10 +223,10 @@ def _prepare(
         m, n, experts, steps, scale_rows, m_tiles, n_tiles,
     )  # fmt: skip
     arguments = (ctypes.c_void_p * (len(maps) + 1))(*(int(each.getPtr()) for each in maps), ctypes.addressof(problem))
-    grid = grid_size(tile, None if kind == "masked" else m_tiles * n_tiles, _processors(device))
+    function, slots = _kernel(kind, tile, out_float32, _BIAS_KINDS[bias_dtype], device)
+    grid = grid_size(tile, None if kind == "masked" else m_tiles * n_tiles, slots)
     keep = (*maps, problem, arguments)
     config = _launch_config(grid, tile.threads, tile.shared_bytes(out_float32))
-    function = _kernel(kind, tile, out_float32, _BIAS_KINDS[bias_dtype], device)
     return _Launch(function, config, ctypes.addressof(arguments), keep)
 
 
@@ -243,12 +243,12 @@ def _launch_config(grid: int, threads: int, shared_bytes: int) -> Any:
     return config
 
 
-def grid_size(tile: AnyTile, tiles: int | None, processors: int) -> int:
+def grid_size(tile: AnyTile, tiles: int | None, slots: int) -> int:
     """Blocks to start for a number of tiles (of a cluster each); None if only the device knows it.
 
-    No more than can run at once, and as few as finish in the same number of rounds: that saves power.
+    No more clusters than can run at once (`slots`), and as few as finish in the same number of rounds: that
+    saves power.
     """
-    slots = max(1, processors * tile.occupancy // tile.cluster)
     if tiles is None:
         return slots * tile.cluster
     if isinstance(tile, FewTile):
@@ -302,10 +302,13 @@ def tensor_map(
 
 
 @functools.cache
-def _kernel(kind: Kind, tile: AnyTile, out_float32: bool, bias_kind: int, device: int) -> Any:
-    """The loaded kernel, compiled if nobody did before; the device is current."""
+def _kernel(kind: Kind, tile: AnyTile, out_float32: bool, bias_kind: int, device: int) -> tuple[Any, int]:
+    """The loaded kernel, compiled if nobody did before, and how many clusters run at once; device is current."""
     main, headers = kernel_sources(kind, tile, out_float32, bias_kind)
-    return load_kernel(machine_code(main, headers), main.removesuffix(".cu"), tile.shared_bytes(out_float32))
+    shared_bytes = tile.shared_bytes(out_float32)
+    function = load_kernel(machine_code(main, headers), main.removesuffix(".cu"), shared_bytes)
+    config = _launch_config(tile.cluster, tile.threads, shared_bytes)
+    return function, max(1, check(driver.cuOccupancyMaxActiveClusters(function, config)))
 
 
 def kernel_sources(

@@ -221,8 +221,8 @@ __device__ __forceinline__ void multiply(const Problem& problem, Memory memory, 
 extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(MATH_THREADS + 32, OCCUPANCY)
     fp8_gemm_few(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
                  const __grid_constant__ TensorMap a_scale, const __grid_constant__ Problem problem) {
-  extern __shared__ u8 raw[];
-  const Memory memory{(shared_address(raw) + 1023) & ~1023u};
+  extern __shared__ __align__(1024) u8 raw[];
+  const Memory memory{shared_address(raw)};
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   const int rank = SPLITS > 1 ? cluster_rank() : 0;
   if (threadIdx.x == MATH_THREADS) {
