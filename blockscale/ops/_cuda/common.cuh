@@ -166,15 +166,14 @@ __device__ __forceinline__ void load_box_policy(u32 to, const TensorMap* map, u3
       : "memory");
 }
 
-// The same box into the blocks of the cluster whose bits are set in `blocks`, at the same address, signalling the
-// barrier of each.
-__device__ __forceinline__ void load_box_shared(u32 to, const TensorMap* map, u32 barrier, int column, int row,
-                                                int expert, u32 blocks) {
+// The same box into both blocks of the cluster, at the same address, signalling the barrier of each.
+__device__ __forceinline__ void load_box_both(u32 to, const TensorMap* map, u32 barrier, int column, int row,
+                                              int expert) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%3, %4, %5}], [%2], %6;"
       ::"r"(to), "l"(reinterpret_cast<u64>(map)), "r"(barrier), "r"(column), "r"(row), "r"(expert),
-      "h"(static_cast<unsigned short>(blocks))
+      "h"(static_cast<unsigned short>(3))
       : "memory");
 }
 
@@ -188,11 +187,8 @@ __device__ __forceinline__ void store_box(const TensorMap* map, u32 from, int co
 
 __device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// What this thread's stores but the last PENDING read may be overwritten from here on.
-template <int PENDING>
-__device__ __forceinline__ void store_wait() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
-}
+// What this thread's stores read may be overwritten from here on.
+__device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // What this thread wrote to shared memory is visible to the copy engine.
 __device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -29,22 +29,18 @@ class Tile:
         warpgroups: math warpgroups of a block.
         waves: times 64 rows that a warpgroup computes, 1 or 2.
         side: warpgroups divide the columns rather than the rows.
-        share: operands that neighbouring blocks of a cluster load together: none, a, b or both.
+        share: operand that a cluster of two blocks loads together, or "" for no cluster.
         occupancy: blocks on a multiprocessor.
-        along: dimension along which tiles follow one another.
-        band: tiles after which their order moves on along the other dimension.
-        staged: most boxes of out that a warpgroup has in shared memory at a time; None: all of a bfloat16 tile.
+        band: tiles of M after which the order of tiles moves on along N.
     """
 
     block_n: int
     warpgroups: int = 2
     waves: int = 1
     side: bool = False
-    share: Literal["", "a", "b", "ab"] = ""
+    share: Literal["", "a", "b"] = ""
     occupancy: int = 1
-    along: Literal["m", "n"] = "m"
     band: int = 8
-    staged: int | None = None
 
     @property
     def block_m(self) -> int:
@@ -59,14 +55,14 @@ class Tile:
     @property
     def cluster(self) -> int:
         """Blocks of a cluster."""
-        return 2 ** len(self.share)
+        return 2 if self.share else 1
 
     @property
     def super_tile(self) -> tuple[int, int]:
         """Rows and columns that a cluster computes."""
         return (
-            self.block_m * (2 if "b" in self.share else 1),
-            self.block_n * (2 if "a" in self.share else 1),
+            self.block_m * (2 if self.share == "b" else 1),
+            self.block_n * (2 if self.share == "a" else 1),
         )
 
     @property
@@ -79,15 +75,10 @@ class Tile:
         """Shared memory of a stage: both operands, the activation scales and two barriers."""
         return (self.block_m + self.block_n) * BLOCK_K + self.block_m * 4 + 16
 
-    def staged_boxes(self, out_float32: bool) -> int:
-        """Boxes of out that a warpgroup has in shared memory, a divisor of the boxes of a tile."""
-        boxes = self.waves * self.unit_n * (4 if out_float32 else 2) // self.line_bytes(out_float32)
-        most = self.staged or (boxes // 2 if out_float32 else boxes)  # float32 takes twice the room
-        return max(count for count in range(1, max(1, most) + 1) if boxes % count == 0)
-
     def _fixed_bytes(self, out_float32: bool) -> int:
-        """Shared memory besides the stages: boxes of out."""
-        return self.warpgroups * self.staged_boxes(out_float32) * 64 * self.line_bytes(out_float32)
+        """Shared memory besides the stages: the rows of out that are staged, all of a bfloat16 tile."""
+        waves, size = (1, 4) if out_float32 else (self.waves, 2)
+        return self.warpgroups * waves * 64 * self.unit_n * size
 
     def stages(self, out_float32: bool) -> int:
         """Stages that fit."""
@@ -111,8 +102,8 @@ class Tile:
         """Rows of a, of b and of a_scale that one copy brings."""
         halves = self.block_m // 2, self.block_n // 2
         return (
-            halves[0] if "a" in self.share else self.block_m,
-            halves[1] if "b" in self.share else self.block_n,
+            halves[0] if self.share == "a" else self.block_m,
+            halves[1] if self.share == "b" else self.block_n,
             self.block_m,
         )
 
@@ -126,11 +117,10 @@ class Tile:
         math_registers, feed_registers = self.registers
         constants = {
             "BN": self.block_n, "WGS": self.warpgroups, "WAVES": self.waves, "SIDE": self.side,
-            "STAGES": self.stages(out_float32), "OCCUPANCY": self.occupancy, "GROUP": self.band,
+            "STAGES": self.stages(out_float32), "CLUSTER": self.cluster, "OCCUPANCY": self.occupancy,
+            "GROUP": self.band, "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32,
             "MATH_REGISTERS": math_registers, "FEED_REGISTERS": feed_registers,
-            "SHARE_A": "a" in self.share, "SHARE_B": "b" in self.share, "ALONG_N": self.along == "n",
-            "STAGED": self.staged_boxes(out_float32), "LINE_BYTES": self.line_bytes(out_float32),
-            "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32,
+            "SHARE_A": self.share == "a", "LINE_BYTES": self.line_bytes(out_float32),
         }  # fmt: skip
         headers = {
             "config.cuh": _constants(constants),
@@ -242,62 +232,77 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a,
 
 
 _FEW_ROWS = 128
-_STEPS_OF_A_SECOND_BLOCK = 48
+_SHORT_K = 1536  # up to which clusters that share b measured faster, by up to 8 %
+_SWAPPED_ROWS = 32  # up to which weights on the long side of the tensor cores' instruction measured faster
 
-# Wide tiles read the least shared memory a product; among them the heuristic picks by waves.
+# Among these the heuristic picks by rounds of tiles.
 _DENSE = (
     *(Tile(n, share="b") for n in (96, 112, 128, 144, 160, 176, 192)),
-    Tile(128, waves=2, share="a"),  # fewest bytes from the second-level cache
-    Tile(112, waves=2, share="a"),
-    Tile(96, waves=2, share="a"),
+    *(Tile(n, waves=2, share="a") for n in (96, 112, 128)),
+    Tile(256, waves=2, side=True, share="b"),
 )
 # Rows of different experts share no weights, so clusters share activations; a tile has one expert's 128 rows.
-_GROUPED = tuple(Tile(n, share="a") for n in (64, 96, 112, 128, 144, 160, 176, 192))
+_GROUPED = (
+    *(Tile(n, share="a") for n in (64, 96, 128, 160, 192)),
+    Tile(256, waves=2, side=True, share="a"),
+    Tile(256, waves=2, side=True),
+)
 
 
 def cycles(tile: Tile, supers: int, steps: int, processors: int) -> float:
-    """Estimated clock cycles of a problem: waves of tiles, each bound by tensor cores or shared memory."""
-    tensor = tile.block_m * tile.block_n / 32
-    reads = tile.warpgroups * tile.waves * (tile.unit_n + 64)
-    step = max(tensor, reads + tile.block_m + tile.block_n) * tile.occupancy
-    store = tile.block_m * tile.block_n / 64
-    if tile.cluster > 2:
-        processors -= processors % 16  # groups of 16 or 18 multiprocessors: some are in no cluster of 4
-    waves = math.ceil(supers / (processors * tile.occupancy // tile.cluster))
-    return waves * (steps * step + store)
+    """Estimated clock cycles of a problem: rounds of tiles, of 128 of K a step.
+
+    A step takes its products and the promotions that nothing hides, as measured on an H100: less where a
+    warpgroup computes two waves, more where a tile meets changing rows of weight scales.
+    """
+    products = tile.block_m * tile.block_n / 32
+    exposed = 190 - 40 * (tile.waves - 1) + (70 if tile.unit_n % 64 else 0)
+    store = tile.block_m * tile.block_n / 32
+    rounds = math.ceil(supers / (processors * tile.occupancy // tile.cluster))
+    return rounds * (steps * (products + exposed) * tile.occupancy + store)
 
 
 @functools.cache
 def choose(kind: Kind, sizes: tuple[int, int, int], experts: int, processors: int) -> AnyTile:
     """The tile for sizes (M, N, K), M counted in rows of one expert if masked."""
     m, n, k = sizes
-    steps = math.ceil(k / BLOCK_K)
-    if m <= _FEW_ROWS and kind != "contiguous":
-        return _choose_few(sizes, experts if kind == "masked" else 1, processors)
+    if m <= _FEW_ROWS and kind == "dense":
+        return _choose_few(m, n, processors)
+    if m <= _FEW_ROWS and kind == "masked":
+        rows = _padded(m)  # experts fill the machine by themselves
+        return FewTile(rows) if rows <= 64 else FewTile(rows, warpgroups=2, waves=1, occupancy=1)
 
     def cost(tile: Tile) -> float:
         rows, columns = tile.super_tile
         supers = math.ceil(m / rows) * math.ceil(n / columns) * (experts if kind == "masked" else 1)
-        return cycles(tile, supers, steps, processors)
+        return cycles(tile, supers, math.ceil(k / BLOCK_K), processors)
 
-    return min(_DENSE if kind == "dense" else _GROUPED, key=cost)
+    tile = min(_DENSE if kind == "dense" else _GROUPED, key=cost)
+    if kind == "dense" and tile.share == "a" and k <= _SHORT_K:
+        return replace(tile, share="b")
+    return tile
 
 
-def _choose_few(sizes: tuple[int, int, int], experts: int, processors: int) -> FewTile:
-    """Tiles of 64 rows of b, and K divided while blocks fit the multiprocessors, as measured on an H100.
+def _padded(rows: int) -> int:
+    return max(8, 1 << (rows - 1).bit_length())
 
-    Every multiprocessor gets a block, and a second one where that leaves each enough steps to hide its start.
-    Experts fill the machine by themselves; they read longest runs from tiles of 128 rows.
+
+def _choose_few(m: int, n: int, processors: int) -> AnyTile:
+    """A block for about every multiprocessor, by what measured fastest on an H100.
+
+    Few rows of a are the short side of the product, and K is divided where tiles of 64 rows of b are too few
+    blocks. More rows are the long side, and tiles get narrow instead.
     """
-    m, n, k = sizes
-    rows = max(8, 1 << (m - 1).bit_length())
-    if experts > 1:
-        return FewTile(rows) if rows <= 64 else FewTile(rows, warpgroups=2, waves=1, occupancy=1)
+    busy = 0.75 * processors
+    rows = _padded(m)
+    if m > _SWAPPED_ROWS:
+        for width in (64, 32):
+            if math.ceil(n / width) >= busy:
+                return Tile(width, warpgroups=rows // 64)
+    if m > 64:
+        return Tile(32, warpgroups=1, share="b")
     tile = FewTile(rows, waves=1)
-    tiles, steps, splits = math.ceil(n / tile.block_n), math.ceil(k / BLOCK_K), 1
-    while splits < 8:
-        blocks, share = 2 * tiles * splits, steps // (2 * splits)
-        if blocks > processors and (blocks > 2 * processors or share < _STEPS_OF_A_SECOND_BLOCK):
-            break
+    tiles, splits = math.ceil(n / tile.block_n), 1
+    while splits < 8 and tiles * splits < (processors // 2 if m <= _SWAPPED_ROWS else busy):
         splits *= 2
     return replace(tile, splits=splits)

@@ -8,8 +8,7 @@
 // copy engine, WGS math warpgroups take WAVES x 64 rows each, or, SIDE by side, all rows of their share of the
 // columns. What keeps the tensor cores busy: the warpgroups share nothing but the ring, so one promotes while
 // another multiplies, and a tile is stored by the copy engine while the next is multiplied.
-// SHARE_A: two neighbouring blocks of a cluster have the same rows of a, SHARE_B: the same rows of b; each loads half
-// for both. With both, a cluster is 2 x 2 blocks.
+// CLUSTER = 2: two blocks share the rows of a (SHARE_A) or of b, each loads half for both.
 #include "config.cuh"
 #include "common.cuh"
 #include "wgmma.cuh"
@@ -18,18 +17,15 @@ constexpr int BK = 128;
 constexpr int BM = 64 * WAVES * (SIDE ? 1 : WGS);
 constexpr int UNIT_N = BN / (SIDE ? WGS : 1);  // columns of a warpgroup
 constexpr int SUMS = UNIT_N / 2;               // registers of 64 x UNIT_N
-constexpr int CLUSTER = (SHARE_A ? 2 : 1) * (SHARE_B ? 2 : 1);
-constexpr int SUPER_M = BM * (SHARE_B ? 2 : 1);  // what a cluster computes
-constexpr int SUPER_N = BN * (SHARE_A ? 2 : 1);
-constexpr int PARTNERS = 1 + SHARE_A + SHARE_B;  // blocks that fill a stage, this one among them
+constexpr int SUPER_M = BM * (CLUSTER == 2 && !SHARE_A ? 2 : 1);  // what a cluster computes
+constexpr int SUPER_N = BN * (CLUSTER == 2 && SHARE_A ? 2 : 1);
 constexpr int A_BYTES = BM * BK, B_BYTES = BN * BK, SCALE_BYTES = BM * 4;
 constexpr int MATH_THREADS = WGS * 128;
 constexpr int OUT_SIZE = OUT_F32 ? 4 : 2;
-constexpr int BOX_N = LINE_BYTES / OUT_SIZE;  // columns of a box of out
-constexpr int BOXES = UNIT_N / BOX_N;
-static_assert(WAVES * BOXES % STAGED == 0, "a box of a tile has the same place in every tile");
+constexpr int STAGED_WAVES = OUT_F32 ? 1 : WAVES;
+constexpr int STAGED_BYTES = 64 * UNIT_N * OUT_SIZE;  // a wave of a warpgroup
 static_assert(UNIT_N % 16 == 0 && BN <= 256 && WAVES <= 2, "tile shape");
-static_assert(KIND == 0 || !SHARE_B, "rows of different experts share no rows of b");
+static_assert(KIND == 0 || CLUSTER == 1 || SHARE_A, "rows of different experts share no rows of b");
 
 // A warpgroup starts at column 16 * o of a row of scales, o a multiple of FIRST: it sees up to SCALE_ROWS rows,
 // and 16 columns number j belong to row (o + j) / 8.
@@ -49,20 +45,15 @@ struct Scheduler {
   int expert = 0, before = 0;  // masked: where the walk over the experts is, tiles of the experts before
 
   __device__ explicit Scheduler(const Problem& p)
-      : problem(p), index(blockIdx.x / CLUSTER), step(gridDim.x / CLUSTER), rank(CLUSTER > 1 ? cluster_rank() : 0) {}
+      : problem(p), index(blockIdx.x / CLUSTER), step(gridDim.x / CLUSTER), rank(CLUSTER == 2 ? cluster_rank() : 0) {}
 
-  // Place in the cluster along M and along N.
-  __device__ __forceinline__ int rank_m() const { return SHARE_B ? rank / (CLUSTER / 2) : 0; }
-  __device__ __forceinline__ int rank_n() const { return SHARE_A ? rank % 2 : 0; }
-
-  // GROUP tiles along one dimension, then the next of the other. Along N if only a is shared.
   __device__ __forceinline__ void place(Tile& tile, int local, int m_tiles) {
-    const int inner = ALONG_N ? problem.n_tiles : m_tiles, outer = ALONG_N ? m_tiles : problem.n_tiles;
-    const int band = local / (GROUP * outer), in_band = local - band * GROUP * outer;
-    const int height = min(GROUP, inner - band * GROUP);
-    const int far = in_band / height, near = band * GROUP + in_band - far * height;
-    tile.m0 = (ALONG_N ? far : near) * SUPER_M + rank_m() * BM;
-    tile.n0 = (ALONG_N ? near : far) * SUPER_N + rank_n() * BN;
+    const int per_band = GROUP * problem.n_tiles;
+    const int band = local / per_band, in_band = local - band * per_band;
+    const int height = min(GROUP, m_tiles - band * GROUP);
+    const int n_tile = in_band / height;
+    tile.m0 = (band * GROUP + in_band - n_tile * height) * SUPER_M + (SHARE_A ? 0 : rank * BM);
+    tile.n0 = n_tile * SUPER_N + (SHARE_A ? rank * BN : 0);
   }
 
   __device__ __forceinline__ bool take(Tile& tile) {
@@ -93,7 +84,7 @@ struct Scheduler {
   }
 };
 
-// Shared memory: stages of a, of b, staged boxes of out, all 1024-byte aligned for the swizzle; stages of a_scale,
+// Shared memory: stages of a, of b, staged waves of out, all 1024-byte aligned for the swizzle; stages of a_scale,
 // barriers.
 struct Memory {
   u32 base;
@@ -102,7 +93,7 @@ struct Memory {
   __device__ __forceinline__ u32 b(int stage) const { return base + STAGES * A_BYTES + stage * B_BYTES; }
   __device__ __forceinline__ u32 staged() const { return base + STAGES * (A_BYTES + B_BYTES); }
   __device__ __forceinline__ u32 scale(int stage) const {
-    return staged() + WGS * STAGED * 64 * LINE_BYTES + stage * SCALE_BYTES;
+    return staged() + WGS * STAGED_WAVES * STAGED_BYTES + stage * SCALE_BYTES;
   }
   __device__ __forceinline__ u32 full(int stage) const { return scale(STAGES) + stage * 8; }
   __device__ __forceinline__ u32 empty(int stage) const { return full(stage) + STAGES * 8; }
@@ -113,8 +104,6 @@ __device__ __forceinline__ void feed(const Problem& problem, const TensorMap* a,
   Scheduler scheduler(problem);
   Slot slot;
   Tile tile;
-  const u32 sharers_of_a = 3u << scheduler.rank / 2 * 2;
-  const u32 sharers_of_b = SHARE_A ? 5u << scheduler.rank % 2 : 3u;
   const u64 policy = KIND == 0 && problem.m_tiles == 1 ? read_once() : read_again();
   while (scheduler.take(tile)) {
     const int a_expert = KIND == 2 ? tile.expert : 0;
@@ -123,15 +112,15 @@ __device__ __forceinline__ void feed(const Problem& problem, const TensorMap* a,
       barrier_wait(memory.empty(slot.stage), slot.phase ^ 1);
       barrier_expect(full, A_BYTES + B_BYTES + SCALE_BYTES);
       load_box(memory.scale(slot.stage), a_scale, full, tile.m0, k, a_expert);
-      if constexpr (SHARE_A) {
-        const int half = scheduler.rank_n() * (BM / 2);
-        load_box_shared(to_a + half * BK, a, full, k * BK, tile.m0 + half, a_expert, sharers_of_a);
+      if constexpr (CLUSTER == 2 && SHARE_A) {
+        const int half = scheduler.rank * (BM / 2);
+        load_box_both(to_a + half * BK, a, full, k * BK, tile.m0 + half, a_expert);
       } else {
         load_box(to_a, a, full, k * BK, tile.m0, a_expert);
       }
-      if constexpr (SHARE_B) {
-        const int half = scheduler.rank_m() * (BN / 2);
-        load_box_shared(to_b + half * BK, b, full, k * BK, tile.n0 + half, tile.expert, sharers_of_b);
+      if constexpr (CLUSTER == 2 && !SHARE_A) {
+        const int half = scheduler.rank * (BN / 2);
+        load_box_both(to_b + half * BK, b, full, k * BK, tile.n0 + half, tile.expert);
       } else {
         load_box_policy(to_b, b, full, k * BK, tile.n0, tile.expert, policy);
       }
@@ -151,8 +140,23 @@ __device__ __forceinline__ void load_b_scales(float (&scales)[SCALE_ROWS], const
   }
 }
 
-// part = a * b over one step of K.
-__device__ __forceinline__ void products(float (&part)[SUMS], u32 a, u32 b) {
+// scale[w][h][r]: of wave w, its upper and lower eight rows, times row r of the weight scales of this step.
+__device__ __forceinline__ void load_scales(float (&scale)[WAVES][2][SCALE_ROWS], u32 a_scales,
+                                            const float (&b_scales)[SCALE_ROWS], int step) {
+#pragma unroll
+  for (int w = 0; w < WAVES; ++w) {
+    const float upper = load_shared(a_scales + w * 64 * 4), lower = load_shared(a_scales + (w * 64 + 8) * 4);
+#pragma unroll
+    for (int r = 0; r < SCALE_ROWS; ++r) {
+      const float b = __shfl_sync(0xffffffff, b_scales[r], step);
+      scale[w][0][r] = upper * b;
+      scale[w][1][r] = lower * b;
+    }
+  }
+}
+
+// Starts part = a * b over one step of K.
+__device__ __forceinline__ void start(float (&part)[SUMS], u32 a, u32 b) {
   const u64 a_operand = operand(a), b_operand = operand(b);
   pin(part);
   wgmma_fence();
@@ -160,8 +164,6 @@ __device__ __forceinline__ void products(float (&part)[SUMS], u32 a, u32 b) {
 #pragma unroll
   for (int i = 1; i < BK / 32; ++i) wgmma<1>(part, a_operand + 2 * i, b_operand + 2 * i);
   wgmma_commit();
-  pin(part);
-  wgmma_wait<0>();
   pin(part);
 }
 
@@ -184,14 +186,14 @@ __device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&part)[
   }
 }
 
-// This warp no longer reads the stage: to whoever fills it, this block and those it shares rows with.
-__device__ __forceinline__ void release(u32 empty, int rank) {
+// This warp no longer reads the stage; with a cluster, whose copies fill both, both blocks want to know.
+__device__ __forceinline__ void release(u32 empty) {
   const int lane = threadIdx.x % 32;
   __syncwarp();
-  if constexpr (CLUSTER == 1) {
-    if (lane == 0) barrier_arrive(empty);
+  if constexpr (CLUSTER == 2) {
+    if (lane < 2) barrier_arrive_remote(empty, lane);
   } else {
-    if (lane < PARTNERS) barrier_arrive_remote(empty, rank ^ lane);
+    if (lane == 0) barrier_arrive(empty);
   }
 }
 
@@ -206,6 +208,7 @@ __device__ __forceinline__ void multiply(const Problem& problem, const TensorMap
   if (!scheduler.take(tile)) return;
   Slot slot;
   float acc[WAVES][SUMS], part[SUMS], b_ahead[SCALE_ROWS], b_scales[SCALE_ROWS];
+  bool ready = false;
   load_b_scales(b_ahead, problem, tile, first_column, 0);
 
   while (true) {
@@ -216,40 +219,42 @@ __device__ __forceinline__ void multiply(const Problem& problem, const TensorMap
 #pragma unroll
       for (int i = 0; i < SUMS; ++i) acc[w][i] = 0.0f;
     }
-    for (int k = 0; k < problem.steps; ++k, slot.advance()) {
-      if (k % 32 == 0) {
-#pragma unroll
-        for (int r = 0; r < SCALE_ROWS; ++r) b_scales[r] = b_ahead[r];
-        if (k + 32 < problem.steps) {
-          load_b_scales(b_ahead, problem, tile, first_column, k + 32);
-        } else if (another) {
-          load_b_scales(b_ahead, problem, next, first_column, 0);
-        }
-      }
-      float b_scale[SCALE_ROWS];
-#pragma unroll
-      for (int r = 0; r < SCALE_ROWS; ++r) b_scale[r] = __shfl_sync(0xffffffff, b_scales[r], k % 32);
-      barrier_wait(memory.full(slot.stage), slot.phase);
+    for (int k = 0; k < problem.steps; ++k) {
+      const int stage = slot.stage;
+      if (!ready) barrier_wait(memory.full(stage), slot.phase);
+      slot.advance();
+      float scale[WAVES][2][SCALE_ROWS];
 #pragma unroll
       for (int w = 0; w < WAVES; ++w) {
-        const u32 at = memory.scale(slot.stage) + my_row + w * 64 * 4;
-        const float upper = load_shared(at), lower = load_shared(at + 8 * 4);
-        products(part, memory.a(slot.stage) + (first_row + w * 64) * BK, memory.b(slot.stage) + first_column * BK);
-        if (w + 1 == WAVES) release(memory.empty(slot.stage), scheduler.rank);
-        float scale[2][SCALE_ROWS];
+        start(part, memory.a(stage) + (first_row + w * 64) * BK, memory.b(stage) + first_column * BK);
+        // What can be done while the tensor cores work, so that little but promotions keeps them waiting.
+        if (w == 0) {
+          if (k % 32 == 0) {
 #pragma unroll
-        for (int r = 0; r < SCALE_ROWS; ++r) {
-          scale[0][r] = upper * b_scale[r];
-          scale[1][r] = lower * b_scale[r];
+            for (int r = 0; r < SCALE_ROWS; ++r) b_scales[r] = b_ahead[r];
+            if (k + 32 < problem.steps) {
+              load_b_scales(b_ahead, problem, tile, first_column, k + 32);
+            } else if (another) {
+              load_b_scales(b_ahead, problem, next, first_column, 0);
+            }
+          }
+          load_scales(scale, memory.scale(stage) + my_row, b_scales, k % 32);
         }
-        promote(acc[w], part, scale, boundary);
+        if (w + 1 == WAVES) {
+          const bool more = another || k + 1 < problem.steps;
+          ready = more && barrier_test(memory.full(slot.stage), slot.phase);
+        }
+        wgmma_wait<0>();
+        pin(part);
+        if (w + 1 == WAVES) release(memory.empty(stage));
+        promote(acc[w], part, scale[w], boundary);
       }
     }
-    store_boxes<0>(problem, out, tile, acc, memory, warpgroup, first_row, n0);
+    store_tile(problem, out, tile, acc, memory, warpgroup, first_row, n0);
     if (!another) break;
     tile = next;
   }
-  if (threadIdx.x % 128 == 0) store_wait<0>();
+  if (threadIdx.x % 128 == 0) store_wait();
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MATH_THREADS + 128, OCCUPANCY)
@@ -266,12 +271,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MAT
     prefetch_map(&out);
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(memory.full(stage), 1);
-      barrier_init(memory.empty(stage), WGS * 4 * PARTNERS);
+      barrier_init(memory.empty(stage), WGS * 4 * CLUSTER);
     }
     barrier_init_fence();
   }
   __syncthreads();
-  if constexpr (CLUSTER > 1) cluster_sync();
+  if constexpr (CLUSTER == 2) cluster_sync();
   wait_for_previous_kernel();
   admit_next_kernel();
 
@@ -284,5 +289,5 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MAT
     multiply(problem, &out, memory, warpgroup);
   }
   // A block must not leave while its neighbour still signals its barriers.
-  if constexpr (CLUSTER > 1) cluster_sync();
+  if constexpr (CLUSTER == 2) cluster_sync();
 }
