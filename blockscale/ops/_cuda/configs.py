@@ -174,10 +174,10 @@ class FewTile:
 
     @property
     def _fixed_bytes(self) -> int:
-        """Shared memory besides the stages: the staged tile, float32 whatever the output, and two barriers."""
+        """Shared memory besides the stages: the staged tile, always float32, and two barriers."""
         return self.rows * (self.block_n + 4) * 4 + 16
 
-    def stages(self, out_float32: bool) -> int:  # noqa: ARG002 - as Tile's
+    def stages(self, out_float32: bool) -> int:
         """Stages that fit."""
         return min(_MAX_STAGES, (_SHARED_BYTES[self.occupancy] - self._fixed_bytes) // self.stage_bytes)
 

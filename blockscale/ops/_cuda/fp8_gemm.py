@@ -5,9 +5,10 @@
 Products accumulate in float32 within each 128 of K; then acc = fma(partial, a_scale * b_scale, acc).
 The kernels are `fp8_gemm.cu` (many rows) and `fp8_gemm_few.cu` (few rows), the tile shapes `configs.py`.
 
-What a launch needs (tensor maps, sizes, grid) depends on addresses, shapes and strides only; it is made once
-and kept for the next call with the same. Launches go to PyTorch's current stream, synchronize nothing and can
-be captured in CUDA graphs.
+What a launch needs (tensor maps, sizes, grid) depends on addresses, shapes, strides and the stream; it is
+made once and kept for the next call with the same. Launches go to PyTorch's current stream, synchronize nothing
+and can be captured in CUDA graphs. They allow programmatic overlap: blocks may be set up while the kernel
+before still runs, and wait for its end before they touch memory.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class _Problem(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Launch:
-    """A kernel with everything but the stream."""
+    """A kernel with everything it is launched with."""
 
     function: Any
     config: Any
@@ -133,7 +134,7 @@ def _run(kind: Kind, tensors: tuple[Any, ...], rows: int, tile: AnyTile | None) 
             _run(kind, tensors, rows, tile)
         return
     launch = _prepare(
-        kind, tile, rows, device,
+        kind, tile, rows, (device, torch.cuda.current_stream().cuda_stream),
         tuple([0 if x is None else x.data_ptr() for x in tensors]),
         (a.shape, b.shape), (a.stride(), a_scale.stride(), b.stride(), b_scale.stride(), out.stride()),
         (out.dtype, None if bias is None else bias.dtype),
@@ -142,7 +143,6 @@ def _run(kind: Kind, tensors: tuple[Any, ...], rows: int, tile: AnyTile | None) 
         tensors = (aligned(a), column_major(a_scale), aligned(b), b_scale.contiguous(), out, bias, layout)
         _run(kind, tensors, rows, tile)
         return
-    launch.config.hStream = torch.cuda.current_stream().cuda_stream
     result = driver.cuLaunchKernelEx(launch.config, launch.function, launch.arguments, 0)
     if result[0] != driver.CUresult.CUDA_SUCCESS:
         check(result)
@@ -184,13 +184,17 @@ def _prepare(
     kind: Kind,
     tile: AnyTile | None,
     rows: int,
-    device: int,
+    place: tuple[int, int],
     addresses: tuple[int, ...],
     shapes: tuple[tuple[int, ...], tuple[int, ...]],
     strides: tuple[tuple[int, ...], ...],
     dtypes: tuple[torch.dtype, torch.dtype | None],
 ) -> _Launch | None:
-    """The launch for operands at these addresses, or None if a layout does not fit; the device is current."""
+    """The launch for operands at these addresses, or None if a layout does not fit.
+
+    place: the device, which is current, and a stream of it.
+    """
+    device, stream = place
     a, a_scale, b, b_scale, out, bias, layout = addresses
     a_stride, a_scale_stride, b_stride, b_scale_stride, out_stride = strides
     (a_shape, b_shape), (out_dtype, bias_dtype) = shapes, dtypes
@@ -222,23 +226,25 @@ def _prepare(
         b_scale, out, bias, layout, out_stride[-2], out_stride[0] if kind == "masked" else 0,
         m, n, experts, steps, scale_rows, m_tiles, n_tiles,
     )  # fmt: skip
-    arguments = (ctypes.c_void_p * (len(maps) + 1))(*(int(each.getPtr()) for each in maps), ctypes.addressof(problem))
+    arguments = (ctypes.c_void_p * (len(maps) + 1))(
+        *(int(each.getPtr()) for each in maps), ctypes.addressof(problem)
+    )
     function, slots = _kernel(kind, tile, out_float32, _BIAS_KINDS[bias_dtype], device)
     grid = grid_size(tile, None if kind == "masked" else m_tiles * n_tiles, slots)
     keep = (*maps, problem, arguments)
-    config = _launch_config(grid, tile.threads, tile.shared_bytes(out_float32))
+    config = _launch_config(grid, tile.threads, tile.shared_bytes(out_float32), stream)
     return _Launch(function, config, ctypes.addressof(arguments), keep)
 
 
-def _launch_config(grid: int, threads: int, shared_bytes: int) -> Any:
-    """Sizes of a launch, which may be set up while the kernel before it still runs (the kernel itself waits)."""
+def _launch_config(grid: int, threads: int, shared_bytes: int, stream: int) -> Any:
+    """Sizes and stream of a launch, which may be set up while the kernel before it still runs."""
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = shared_bytes
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
     config.attrs, config.numAttrs = [attribute], 1
     return config
 
@@ -303,11 +309,11 @@ def tensor_map(
 
 @functools.cache
 def _kernel(kind: Kind, tile: AnyTile, out_float32: bool, bias_kind: int, device: int) -> tuple[Any, int]:
-    """The loaded kernel, compiled if nobody did before, and how many clusters run at once; device is current."""
+    """The loaded kernel, compiled if nobody did before, and how many clusters run at once."""
     main, headers = kernel_sources(kind, tile, out_float32, bias_kind)
     shared_bytes = tile.shared_bytes(out_float32)
     function = load_kernel(machine_code(main, headers), main.removesuffix(".cu"), shared_bytes)
-    config = _launch_config(tile.cluster, tile.threads, shared_bytes)
+    config = _launch_config(tile.cluster, tile.threads, shared_bytes, 0)
     return function, max(1, check(driver.cuOccupancyMaxActiveClusters(function, config)))
 
 
