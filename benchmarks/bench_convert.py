@@ -1,10 +1,13 @@
 """Whole-checkpoint quantization: wall time and peak memory against `cp` + `sync` and llm-compressor.
 
     python benchmarks/bench_convert.py --gb 1 4 20 [--peer-python /path/to/venv/bin/python] [--repeats 1]
+    python benchmarks/bench_convert.py --device cuda [--gb 4] [--folder /dev/shm]
 
 For every size a synthetic Llama-shaped BF16 checkpoint in shards of about 1 GB is made, then each competitor
 runs as a process of its own on that one shard set, which is dropped from the page cache before (the software
 is not), timed until `sync` returns. The first size is verified tensor by tensor before anything is timed.
+With `--device cuda` blockscale runs on the GPU as well, once every file of it is the CPU's byte for byte.
+Beside the time of the process there is that of the conversion in it, without imports and starting the GPU.
 `--peer-python` names an interpreter of an environment with llm-compressor; its model-free PTQ then runs with
 the scheme FP8_BLOCK and as many threads. Results go to benchmarks/results/convert.jsonl.
 """
@@ -12,6 +15,7 @@ the scheme FP8_BLOCK and as many threads. Results go to benchmarks/results/conve
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import os
 import shutil
@@ -45,9 +49,13 @@ model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="FP8_B
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run of one competitor: seconds until synced; peak resident and peak anonymous memory in bytes."""
+    """One run of one competitor: seconds until synced; peak resident and peak anonymous memory in bytes.
+
+    `conversion` is what blockscale reports: seconds from the plan to the commit.
+    """
 
     seconds: float
+    conversion: float | None
     resident: int
     anonymous: int
 
@@ -108,18 +116,20 @@ def run(command: list[str], source: Path) -> Outcome:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     peaks = {"VmHWM": 0, "RssAnon": 0}
     stop = threading.Event()
     sampler = threading.Thread(target=_sample, args=(process.pid, peaks, stop))
     sampler.start()
-    _, stderr = process.communicate()
+    stdout, stderr = process.communicate()
     stop.set()
     sampler.join()
     subprocess.run(["sync"], check=True)
     if process.returncode:
         raise SystemExit(f"{command[0]} failed: {stderr.decode()[-2000:]}")
-    return Outcome(time.monotonic() - started, peaks["VmHWM"], peaks["RssAnon"])
+    seconds = time.monotonic() - started
+    conversion = json.loads(stdout)["seconds"] if "--json" in command else None
+    return Outcome(seconds, conversion, peaks["VmHWM"], peaks["RssAnon"])
 
 
 def _sample(pid: int, peaks: dict[str, int], stop: threading.Event) -> None:
@@ -137,38 +147,65 @@ def _sample(pid: int, peaks: dict[str, int], stop: threading.Event) -> None:
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--gb", type=float, nargs="+", default=[1, 4, 20])
+    parser.add_argument("--gb", type=float, nargs="+", help="sizes; 1 4 20, or 4 with --device cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: beside the CPU")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--peer-python", help="interpreter of an environment with llm-compressor")
     parser.add_argument("--folder", help="where to put the checkpoints (needs 3 times the largest size)")
     arguments = parser.parse_args()
+    sizes = arguments.gb or ([4] if arguments.device == "cuda" else [1, 4, 20])
     workers = len(os.sched_getaffinity(0))
     table = Table(title=f"quantize a BF16 checkpoint to 128x128 block FP8, {workers} cores")
-    for heading in ("GB", "competitor", "seconds", "GB/s in", "of cp + sync", "resident", "anonymous"):
+    headings = (
+        "GB",
+        "competitor",
+        "seconds",
+        "GB/s in",
+        "of cp + sync",
+        "converting",
+        "resident",
+        "anonymous",
+    )
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "competitor" else "right")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for place, gigabytes in enumerate(arguments.gb):
+        for place, gigabytes in enumerate(sizes):
             source, target = Path(folder) / "source", Path(folder) / "target"
             total = make_checkpoint(source, gigabytes)
             if place == 0:
-                blockscale.quantize_checkpoint(source, target)
-                assert blockscale.verify_checkpoint(target, source).ok, (
-                    "the result is wrong: nothing is timed"
-                )
-                shutil.rmtree(target)
+                _check(source, target, arguments.device)
             outcomes = _compete(source, target, workers, arguments)
             _report(gigabytes, total, outcomes, table)
             shutil.rmtree(source)
     Console().print(table)
 
 
+def _check(source: Path, target: Path, device: str) -> None:
+    """Look at the results before anything is timed."""
+    blockscale.quantize_checkpoint(source, target, run=blockscale.RunOptions(device="cpu"))
+    assert blockscale.verify_checkpoint(target, source).ok, "the result is wrong: nothing is timed"
+    if device == "cuda":
+        other = target.with_name("other")
+        blockscale.quantize_checkpoint(source, other, run=blockscale.RunOptions(device="cuda"))
+        names = sorted(path.name for path in target.iterdir())
+        assert names == sorted(path.name for path in other.iterdir())
+        _, different, missing = filecmp.cmpfiles(target, other, names, shallow=False)
+        assert not different, f"not the bytes of the CPU, nothing is timed: {different}"
+        assert not missing, f"cannot be compared, nothing is timed: {missing}"
+        shutil.rmtree(other)
+    shutil.rmtree(target)
+
+
 def _compete(
     source: Path, target: Path, workers: int, arguments: argparse.Namespace
 ) -> dict[str, list[Outcome]]:
+    ours = [sys.executable, "-m", "blockscale.cli.main", "quantize", str(source), str(target), "--json"]
     commands = {
         "cp + sync": ["cp", "-r", str(source), str(target)],
-        "blockscale": [sys.executable, "-m", "blockscale.cli.main", "quantize", str(source), str(target)],
+        "blockscale": [*ours, "--device", "cpu"],
     }
+    if arguments.device == "cuda":
+        commands["blockscale cuda"] = [*ours, "--device", "cuda"]
     if arguments.peer_python:
         peer = [arguments.peer_python, "-c", _PEER, str(source), str(target), str(workers)]
         commands["llm-compressor"] = peer
@@ -186,6 +223,8 @@ def _report(gigabytes: float, total: int, outcomes: dict[str, list[Outcome]], ta
         seconds = statistics.median(outcome.seconds for outcome in runs)
         pairs = zip(runs, baseline, strict=True)
         ratio = statistics.median(outcome.seconds / base for outcome, base in pairs)
+        conversions = [outcome.conversion for outcome in runs if outcome.conversion]
+        converting = total / statistics.median(conversions) if conversions else None
         resident, anonymous = max(o.resident for o in runs), max(o.anonymous for o in runs)
         record = {
             "benchmark": "convert",
@@ -195,13 +234,19 @@ def _report(gigabytes: float, total: int, outcomes: dict[str, list[Outcome]], ta
             "median_seconds": round(seconds, 2),
             "gb_per_s": round(total / seconds / 1e9, 3),
             "ratio_to_cp": round(ratio, 3),
+            "converting": converting
+            and {
+                "seconds": [round(value, 3) for value in conversions],
+                "gb_per_s": round(converting / 1e9, 3),
+            },
             "peak_resident_bytes": resident,
             "peak_anonymous_bytes": anonymous,
         }
         append_result(RESULTS, {**record, **environment()})
         figures = f"{seconds:.1f}", f"{total / seconds / 1e9:.2f}", f"{ratio:.2f}"
+        alone = f"{converting / 1e9:.2f} GB/s" if converting else ""
         memory = f"{resident / 1e9:.2f} GB", f"{anonymous / 1e9:.2f} GB"
-        table.add_row(f"{gigabytes:g}", name, *figures, *memory)
+        table.add_row(f"{gigabytes:g}", name, *figures, alone, *memory)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import torch
 from blockscale import ops, reference
 from blockscale.metrics import calc_diff
 from blockscale.ops._cublas import multiply, padded_scale
+from blockscale.ops.timing import captured, copies_past_cache
 from blockscale.testing.bench import (
     append_result,
     environment,
@@ -186,8 +187,8 @@ def _call_once(job: tuple[argparse.Namespace, str, tuple[int, int, int]]) -> Non
 def compete(p: Problem, competitors: dict[str, Make], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Microseconds by timing, competitor and round; a competitor is checked before it is timed."""
     exact = reference.fp8_gemm_nt(p.a, p.a_scale, p.b, p.b_scale, out_dtype=torch.float32)
-    copies = max(2, -(-4 * torch.cuda.get_device_properties(0).L2_cache_size // p.b.nbytes))
-    problems = [replace(p, b=p.b.clone(), b_scale=p.b_scale.clone()) for _ in range(copies)]
+    copies = copies_past_cache(p.b.nbytes)
+    problems = [replace(p, b=p.b.clone(), b_scale=p.b_scale.clone(), w=p.w.clone()) for _ in range(copies)]
     timers: dict[str, dict[str, Callable[[], float]]] = {"flushed": {}, "graph": {}}
     for name, make in competitors.items():
         p.out.fill_(math.nan)
@@ -197,29 +198,8 @@ def compete(p: Problem, competitors: dict[str, Make], rounds: int) -> dict[str, 
         diff = calc_diff(run(), exact)
         assert diff < TOLERANCE.get(name, 1e-5), f"{name} is wrong at {p.sizes}: calc_diff {diff:.2e}"
         timers["flushed"][name] = partial(flushed_microseconds, run)
-        timers["graph"][name] = _captured([one for each in problems if (one := make(each)) is not None])
+        timers["graph"][name] = captured([one for each in problems if (one := make(each)) is not None])
     return {timing: interleave(each, rounds) for timing, each in timers.items()}
-
-
-def _captured(runs: list[Run]) -> Callable[[], float]:
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-
-    def microseconds() -> float:
-        times = []
-        for _ in range(12):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(1e3 * start.elapsed_time(end) / len(runs))
-        return statistics.median(times[2:])  # the first two warm up
-
-    return microseconds
 
 
 def main() -> None:

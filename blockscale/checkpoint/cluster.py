@@ -110,6 +110,7 @@ def convert_on_cluster(
     """
     ray = _import_ray()
     with _connection(ray, address):
+        _check_gpus(ray, job.device)
         cpus = _task_cpus(ray, workers)
         assignment = Assignment(
             Job(job.source, job.scale_fmt, job.on_nonfinite, job.device),
@@ -293,6 +294,14 @@ def _task_cpus(ray: Any, workers: int | None) -> int:
             expected=f"at most {most}",
         )
     return workers
+
+
+def _check_gpus(ray: Any, device: str) -> None:
+    """Refuse tasks that ask for a GPU where they would wait for one without end."""
+    if device == "cuda" and not ray.cluster_resources().get("GPU"):
+        raise BlockscaleError(
+            "no node of the cluster has a GPU", where="device cuda", remedy="use --device cpu"
+        )
 
 
 def _slots(ray: Any, cpus: int) -> int:

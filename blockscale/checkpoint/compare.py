@@ -25,7 +25,8 @@ from blockscale.checkpoint.families import family_of, stored_block_size
 from blockscale.checkpoint.index import CheckpointIndex, TensorEntry, read_index
 from blockscale.checkpoint.model_config import read_config
 from blockscale.checkpoint.source import Source, open_source
-from blockscale.checkpoint.tasks import Reader, chunks, per_expert, read_codes, read_scale, strips
+from blockscale.checkpoint.strips import Reader, chunks, read_codes, strips
+from blockscale.checkpoint.tasks import per_expert, read_scale
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
 from blockscale.formats import HIGH_PRECISION, parse_quantization_config
 
@@ -100,7 +101,8 @@ def _compare_quantized(
     grid = per_expert(scale)
     squared_error = squared = worst = 0.0
     beyond: tuple[int, list[int]] | None = None
-    for expert, row, strip in strips(twin, twin_reader, block[0]):
+    for span, strip in strips(twin, twin_reader, block[0]):
+        expert, row = span.expert, span.row
         rows, columns = strip.shape
         if not strip.numel():
             continue
@@ -132,7 +134,8 @@ def _compare_dequantized(
 ) -> str | None:
     scale, block = other.scale(twin), other.stored_block(twin)
     grid = per_expert(scale)
-    for expert, row, strip in strips(entry, reader, block[0]):
+    for span, strip in strips(entry, reader, block[0]):
+        expert, row = span.expert, span.row
         rows, columns = strip.shape
         codes = read_codes(twin_reader, twin.start + (expert * twin.shape[-2] + row) * columns, rows, columns)
         part = grid[expert, row // block[0] : math.ceil((row + rows) / block[0])]

@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from blockscale.checkpoint.commit import commit
 from blockscale.checkpoint.engine import convert_shards, default_workers
 from blockscale.checkpoint.index import INDEX_NAME, read_index
+from blockscale.checkpoint.lanes import usable_device
 from blockscale.checkpoint.model_config import CONFIG_NAME
 from blockscale.checkpoint.plan import (
     MANIFEST_NAME,
@@ -35,7 +34,8 @@ from blockscale.checkpoint.plan import (
 from blockscale.checkpoint.progress import Progress, Silent
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.source import Source, copy_file, open_source, resolve
-from blockscale.checkpoint.tasks import Job, nonfinite_of, open_reader
+from blockscale.checkpoint.strips import nonfinite_of, open_reader
+from blockscale.checkpoint.tasks import Job
 from blockscale.checkpoint.workspace import (
     Workspace,
     finish_shard,
@@ -53,7 +53,8 @@ class RunOptions:
 
     Attributes:
         workers: threads on this machine; None means one a core and two more.
-        device: "auto", "cpu" or "cuda"; auto takes a GPU that is there.
+        device: "auto", "cpu" or "cuda"; auto takes a GPU that is there; on a cluster
+            "cuda" is a GPU for each task.
         overwrite: replace a checkpoint or an unfinished run of another plan at the destination.
         revision: branch, tag or commit of a Hub source.
         cluster: None, or the Ray cluster to spread shards over ("auto" or its address).
@@ -111,13 +112,14 @@ def quantize_checkpoint(
         BlockscaleError: bad input or an unusable destination; nothing under a final name was touched.
     """
     run, recipe = run or RunOptions(), recipe or Recipe()
+    device = _device(run)
     source = open_source(src, run.revision)
     index = read_index(source)
     plan = plan_quantize(source, recipe, index)
     if on_nonfinite == "keep":
         keep = _nonfinite_weights(plan, source, run)
         plan = plan_quantize(source, recipe, index, keep) if keep else plan
-    return run_plan(plan, source, dst, run, Job(source, recipe.scale_fmt, device=_device(run.device)))
+    return run_plan(plan, source, dst, run, Job(source, recipe.scale_fmt, device=device))
 
 
 def dequantize_checkpoint(
@@ -141,11 +143,10 @@ def dequantize_checkpoint(
         BlockscaleError: bad input or an unusable destination; nothing under a final name was touched.
     """
     run = run or RunOptions()
+    device = _device(run)
     source = open_source(src, run.revision)
     plan = plan_dequantize(source, dtype, on_missing_scale)
-    return run_plan(
-        plan, source, dst, run, Job(source, on_nonfinite=on_nonfinite, device=_device(run.device))
-    )
+    return run_plan(plan, source, dst, run, Job(source, on_nonfinite=on_nonfinite, device=device))
 
 
 def run_plan(
@@ -253,12 +254,10 @@ def _nonfinite_weights(plan: ConversionPlan, source: Source, run: RunOptions) ->
     return keep
 
 
-def _device(device: str) -> str:
-    if device not in ("auto", "cpu", "cuda"):
-        raise BlockscaleError("unknown device", expected="auto | cpu | cuda", got=repr(device))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BlockscaleError("no CUDA device", where="device cuda", remedy="use --device cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+def _device(run: RunOptions) -> str:
+    if run.cluster is not None and run.device == "cuda":
+        return run.device  # the GPUs of the nodes count, not one of this machine
+    return usable_device(run.device)
 
 
 def _refuse_same_place(source: Source, dst: str | os.PathLike[str]) -> None:

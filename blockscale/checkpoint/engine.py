@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from blockscale.checkpoint.lanes import open_lanes
 from blockscale.checkpoint.plan import ShardPlan, Task
 from blockscale.checkpoint.progress import Progress
-from blockscale.checkpoint.tasks import Job, Reader, open_reader, run_task
+from blockscale.checkpoint.strips import Reader, open_reader
+from blockscale.checkpoint.tasks import Job, run_task
 from blockscale.checkpoint.writer import ShardFile, close_shard, flush, open_shard
 
 # Early write-back keeps the disk busy while the CPU works, instead of all at once in the final sync.
@@ -72,6 +74,7 @@ def convert_shards(
     syncing: deque[Future[None]] = deque()
     flushes: deque[Future[None]] = deque()
     order = threading.Lock()
+    lanes = open_lanes(job.device)
     with (
         ThreadPoolExecutor(workers, "blockscale-work") as pool,
         ThreadPoolExecutor(1, "blockscale-sync") as syncer,
@@ -82,7 +85,8 @@ def convert_shards(
                 if active:
                     flushes.append(syncer.submit(flush, active[0].output))
 
-        running = replace(job, tick=_make_tick(cancelled, progress, flush_oldest))
+        tick = _make_tick(cancelled, progress, flush_oldest)
+        running = replace(job, tick=tick, lanes=lanes)
 
         def complete() -> None:
             record = _await_shard(active[0])

@@ -1,34 +1,44 @@
 """The work on one tensor: read a strip of rows, quantize, dequantize or copy it, hash it, write it.
 
-Strips bound the memory of a worker to a few times `CHUNK_BYTES`, whatever the size of the tensor. They are
-whole blocks high, so every block lies in one strip and the result does not depend on the strip height.
+Strips bound the memory of a worker to a few times `CHUNK_BYTES` (with a GPU, to what `lanes` says), whatever
+the size of the tensor. They are whole blocks high, so every block lies in one strip and the result does not
+depend on the strip height.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from blockscale import ops
 from blockscale.checkpoint.decide import SCALE_DTYPES
 from blockscale.checkpoint.index import TensorEntry
+from blockscale.checkpoint.lanes import STRIP_VALUES, Lanes, Part, Tensors, Work, through
 from blockscale.checkpoint.plan import Task
 from blockscale.checkpoint.source import Source
-from blockscale.checkpoint.writer import ShardFile, drop_cached, write_at
-from blockscale.errors import CorruptCheckpointError, NonFiniteError
+from blockscale.checkpoint.strips import (
+    Reader,
+    Span,
+    chunks,
+    dtype_of,
+    nonfinite_of,
+    read_into,
+    spans,
+    strips,
+    tensor_bytes,
+)
+from blockscale.checkpoint.writer import ShardFile, write_at
+from blockscale.errors import BlockscaleError, CorruptCheckpointError, NonFiniteError
 from blockscale.formats import E4M3_MAX, SAFETENSORS_DTYPES, ScaleFmt
 
-CHUNK_BYTES = 2 << 20
-# The kernel's own read-ahead (128 KiB) leaves the disk idle while a strip is computed.
-_AHEAD_BYTES = 8 << 20
+Strips = Iterator[tuple[Span, torch.Tensor]]
+# What a kernel says about the values of a strip comes back in front of the result.
+_FLAG: Part = ((1,), torch.int32)
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,8 @@ class Job:
         source: where scales of other shards are read.
         scale_fmt: format of the scales that quantizing writes.
         on_nonfinite: what NaN codes in a weight to be dequantized do (quantizing always refuses).
-        device: "cpu", or "cuda" to quantize there.
+        device: where the arithmetic runs: "cpu" or "cuda".
+        lanes: to that device and back; None to compute in place. The engine opens them.
         tick: called with the bytes read after each strip; may raise to stop the run.
     """
 
@@ -47,25 +58,8 @@ class Job:
     scale_fmt: ScaleFmt = "float32"
     on_nonfinite: Literal["error", "keep"] = "error"
     device: str = "cpu"
+    lanes: Lanes | None = None
     tick: Callable[[int], None] = lambda _: None
-
-
-@dataclass(frozen=True)
-class Reader:
-    """An open source file."""
-
-    fd: int
-    path: Path
-
-
-@contextmanager
-def open_reader(path: Path) -> Iterator[Reader]:
-    """Open a source file for reading from several threads."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield Reader(fd, path)
-    finally:
-        os.close(fd)
 
 
 def run_task(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:
@@ -74,75 +68,16 @@ def run_task(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str
     return run(task, reader, shard, job)
 
 
-def read_codes(reader: Reader, start: int, rows: int, columns: int) -> torch.Tensor:
-    """Read (rows, columns) E4M3 codes from an absolute offset."""
-    buffer = torch.empty(rows * columns, dtype=torch.uint8)
-    _read_into(reader, buffer, start)
-    return buffer.view(torch.float8_e4m3fn).view(rows, columns)
-
-
-def chunks(entry: TensorEntry, reader: Reader) -> Iterator[torch.Tensor]:
-    """Read a tensor's bytes as uint8 pieces of at most `CHUNK_BYTES`, views of one reused buffer."""
-    buffer = torch.empty(min(CHUNK_BYTES, entry.nbytes), dtype=torch.uint8)
-    for offset in range(0, entry.nbytes, CHUNK_BYTES):
-        part = buffer[: min(CHUNK_BYTES, entry.nbytes - offset)]
-        _read_into(reader, part, entry.start + offset)
-        yield part
-
-
-def strips(
-    entry: TensorEntry, reader: Reader, rows_per_block: int = 1
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Read a (N, K) or (E, N, K) tensor as (expert, first row, (rows, K) strip).
-
-    Strips are whole blocks high. Each is a view of one buffer that the next step overwrites.
-    """
-    experts = math.prod(entry.shape[:-2])
-    rows, columns = entry.shape[-2:]
-    dtype = SAFETENSORS_DTYPES[entry.dtype]
-    assert dtype is not None
-    row_bytes = columns * dtype.itemsize
-    height = max(1, CHUNK_BYTES // max(1, row_bytes * rows_per_block)) * rows_per_block
-    buffer = torch.empty(min(height, rows) * row_bytes, dtype=torch.uint8)
-    for expert in range(experts):
-        for row in range(0, rows, height):
-            count = min(height, rows - row)
-            part = buffer[: count * row_bytes]
-            _read_into(reader, part, entry.start + (expert * rows + row) * row_bytes)
-            yield expert, row, part.view(dtype).view(count, columns)
-
-
-def nonfinite_of(entry: TensorEntry, reader: Reader) -> NonFiniteError | None:
-    """Scan a whole weight for NaN and Inf."""
-    total, first = 0, None
-    for expert, row, strip in strips(entry, reader):
-        count, index = ops.find_nonfinite(strip)
-        if count and first is None:
-            row, column = row + index // strip.shape[1], index % strip.shape[1]
-            first = (row, column) if len(entry.shape) == 2 else (expert, row, column)
-        total += count
-    return NonFiniteError(total, first, where=f"{entry.name} in {entry.file}") if first is not None else None
-
-
 def _quantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:
     codes_out, scale_out = task.outputs
-    digest, (block_n, _) = hashlib.sha256(), task.block_size
-    rows, columns = task.source.shape[-2:]
+    digest, (rows, columns) = hashlib.sha256(), task.source.shape[-2:]
     scale = torch.empty(scale_out.shape, dtype=torch.float32)
-    grid = per_expert(scale)
-    buffer: torch.Tensor | None = None
-    for expert, row, strip in strips(task.source, reader, block_n):
-        scale_rows = grid[expert, row // block_n : math.ceil((row + strip.shape[0]) / block_n)]
-        # The first strip is the highest. One buffer for all keeps the heap from growing with the model.
-        buffer = torch.empty(strip.shape, dtype=torch.float8_e4m3fn) if buffer is None else buffer
-        try:
-            codes = _quantize_strip(strip, buffer[: strip.shape[0]], scale_rows, task.block_size, job)
-        except NonFiniteError as error:
-            raise nonfinite_of(task.source, reader) or error from None
+    quantized = _quantized if job.lanes is None else _quantized_there
+    for span, codes in quantized(task, reader, per_expert(scale), job):
         data = tensor_bytes(codes)
         digest.update(data)
-        write_at(shard, codes_out.name, (expert * rows + row) * columns, data)
-        job.tick(strip.nbytes)
+        write_at(shard, codes_out.name, (span.expert * rows + span.row) * columns, data)
+        job.tick(codes.numel() * dtype_of(task.source).itemsize)
     write_at(shard, scale_out.name, 0, tensor_bytes(scale))
     return {
         codes_out.name: digest.hexdigest(),
@@ -150,14 +85,40 @@ def _quantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[st
     }
 
 
-def _quantize_strip(
-    strip: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], job: Job
-) -> torch.Tensor:
-    if job.device == "cpu":
-        return ops.quantize_weight(strip, block_size, job.scale_fmt, out=(codes, scale), threads=1)[0]
-    moved, found = ops.quantize_weight(strip.to(job.device), block_size, job.scale_fmt)
-    scale.copy_(found)
-    return codes.copy_(moved)
+def _quantized(task: Task, reader: Reader, grid: torch.Tensor, job: Job) -> Strips:
+    """Codes, strip by strip; fills the scales, `grid` (experts, rows, columns)."""
+    for span, strip, codes in _buffered(task, reader, torch.float8_e4m3fn):
+        scale = grid[span.expert, _grid_rows(span, task)]
+        try:
+            ops.quantize_weight(strip, task.block_size, job.scale_fmt, out=(codes, scale), threads=1)
+        except NonFiniteError as error:
+            raise nonfinite_of(task.source, reader) or error from None
+        yield span, codes
+
+
+def _quantized_there(task: Task, reader: Reader, grid: torch.Tensor, job: Job) -> Strips:
+    """As `_quantized`, on the device of the lanes."""
+    assert job.lanes is not None
+    columns, block_size = task.source.shape[-1], task.block_size
+
+    def parts(span: Span) -> tuple[list[Part], list[Part]]:
+        shape, scales = (span.rows, columns), tuple(grid[span.expert, _grid_rows(span, task)].shape)
+        back = [_FLAG, (scales, torch.float32), (shape, torch.float8_e4m3fn)]
+        return [(shape, dtype_of(task.source))], back
+
+    def load(span: Span, inputs: Tensors) -> None:
+        read_into(reader, inputs[0], span.start)
+
+    def compute(inputs: Tensors, outputs: Tensors) -> None:
+        flag, scale, codes = outputs
+        ops.quantize_weight(inputs[0], block_size, job.scale_fmt, out=(codes, scale), flag=flag)
+
+    places = spans(task.source, block_size[0], STRIP_VALUES)
+    for span, _, (flag, scale, codes) in through(job.lanes, places, Work(parts, load, compute)):
+        if flag:
+            raise nonfinite_of(task.source, reader) or AssertionError("the scan found none")
+        grid[span.expert, _grid_rows(span, task)] = scale
+        yield span, codes
 
 
 def _dequantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:
@@ -165,35 +126,87 @@ def _dequantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[
     (output,) = task.outputs
     dtype = SAFETENSORS_DTYPES[output.dtype]
     assert dtype is not None
-    scale = read_scale(task.scale, job.source)
-    grid = per_expert(scale)
-    refuse_nonfinite = job.on_nonfinite == "error"
-    may_overflow = bool((scale * E4M3_MAX > torch.finfo(dtype).max).any())
-    digest, (block_n, _) = hashlib.sha256(), task.block_size
-    rows, columns = task.source.shape[-2:]
-    buffer: torch.Tensor | None = None
-    for expert, row, strip in strips(task.source, reader, block_n):
-        if refuse_nonfinite and ops.find_nonfinite(strip)[0]:
-            raise nonfinite_of(task.source, reader) or AssertionError("the scan found none")
-        scale_rows = grid[expert, row // block_n : math.ceil((row + strip.shape[0]) / block_n)]
-        buffer = torch.empty(strip.shape, dtype=dtype) if buffer is None else buffer
-        weight = buffer[: strip.shape[0]]
-        if job.device == "cpu":
-            ops.dequantize_weight(strip, scale_rows, task.block_size, dtype, out=weight, threads=1)
-        else:
-            moved = strip.to(job.device), scale_rows.to(job.device)
-            weight.copy_(ops.dequantize_weight(*moved, task.block_size, dtype))
-        if refuse_nonfinite and may_overflow and ops.find_nonfinite(weight)[0]:
-            raise CorruptCheckpointError(
-                f"dequantized values are beyond the largest of {output.dtype}",
-                where=f"{output.name} in {task.source.file}",
-                remedy="choose a dtype of more range, or let them become Inf: --on-nonfinite keep",
-            )
+    grid = per_expert(read_scale(task.scale, job.source))
+    digest, (rows, columns) = hashlib.sha256(), task.source.shape[-2:]
+    dequantized = _dequantized if job.lanes is None else _dequantized_there
+    for span, weight in dequantized(task, reader, grid, job, dtype):
         data = tensor_bytes(weight)
         digest.update(data)
-        write_at(shard, output.name, (expert * rows + row) * columns * dtype.itemsize, data)
-        job.tick(strip.nbytes)
+        write_at(shard, output.name, (span.expert * rows + span.row) * columns * dtype.itemsize, data)
+        job.tick(weight.numel())
     return {output.name: digest.hexdigest()}
+
+
+def _dequantized(task: Task, reader: Reader, grid: torch.Tensor, job: Job, dtype: torch.dtype) -> Strips:
+    """Weights, strip by strip."""
+    refuse_nonfinite = job.on_nonfinite == "error"
+    may_overflow = bool((grid * E4M3_MAX > torch.finfo(dtype).max).any())
+    for span, codes, weight in _buffered(task, reader, dtype):
+        if refuse_nonfinite and ops.find_nonfinite(codes)[0]:
+            raise _nonfinite_result(task, reader, codes)
+        scale = grid[span.expert, _grid_rows(span, task)]
+        ops.dequantize_weight(codes, scale, task.block_size, dtype, out=weight, threads=1)
+        if refuse_nonfinite and may_overflow and ops.find_nonfinite(weight)[0]:
+            raise _nonfinite_result(task, reader, codes)
+        yield span, weight
+
+
+def _dequantized_there(
+    task: Task, reader: Reader, grid: torch.Tensor, job: Job, dtype: torch.dtype
+) -> Strips:
+    """As `_dequantized`, on the device of the lanes."""
+    assert job.lanes is not None
+    columns, block_size = task.source.shape[-1], task.block_size
+
+    def parts(span: Span) -> tuple[list[Part], list[Part]]:
+        shape, scales = (span.rows, columns), tuple(grid[span.expert, _grid_rows(span, task)].shape)
+        return [(shape, torch.float8_e4m3fn), (scales, torch.float32)], [_FLAG, (shape, dtype)]
+
+    def load(span: Span, inputs: Tensors) -> None:
+        codes, scale = inputs
+        read_into(reader, codes, span.start)
+        scale.copy_(grid[span.expert, _grid_rows(span, task)])
+
+    def compute(inputs: Tensors, outputs: Tensors) -> None:
+        (codes, scale), (flag, weight) = inputs, outputs
+        ops.dequantize_weight(codes, scale, block_size, dtype, out=weight)
+        ops.flag_nonfinite(weight, flag)
+
+    places = spans(task.source, block_size[0], STRIP_VALUES)
+    for span, (codes, _), (flag, weight) in through(job.lanes, places, Work(parts, load, compute)):
+        if flag and job.on_nonfinite == "error":
+            raise _nonfinite_result(task, reader, codes)
+        yield span, weight
+
+
+def _nonfinite_result(task: Task, reader: Reader, codes: torch.Tensor) -> BlockscaleError:
+    """Why a strip does not dequantize to finite values: a NaN code or, scales being finite, the dtype."""
+    error = nonfinite_of(task.source, reader) if ops.find_nonfinite(codes)[0] else None
+    if error is not None:
+        return error
+    (output,) = task.outputs
+    return CorruptCheckpointError(
+        f"dequantized values are beyond the largest of {output.dtype}",
+        where=f"{output.name} in {task.source.file}",
+        remedy="choose a dtype of more range, or let them become Inf: --on-nonfinite keep",
+    )
+
+
+def _buffered(
+    task: Task, reader: Reader, dtype: torch.dtype
+) -> Iterator[tuple[Span, torch.Tensor, torch.Tensor]]:
+    """Strips of the source, each with room for its result of this dtype, which the next step writes over."""
+    buffer: torch.Tensor | None = None
+    for span, strip in strips(task.source, reader, task.block_size[0]):
+        # The first strip is the highest. One buffer for all keeps the heap from growing with the model.
+        buffer = torch.empty(strip.shape, dtype=dtype) if buffer is None else buffer
+        yield span, strip, buffer[: span.rows]
+
+
+def _grid_rows(span: Span, task: Task) -> slice:
+    """The rows of the scale grid that belong to a strip."""
+    block_n = task.block_size[0]
+    return slice(span.row // block_n, math.ceil((span.row + span.rows) / block_n))
 
 
 def read_scale(entry: TensorEntry, source: Source) -> torch.Tensor:
@@ -242,23 +255,3 @@ def _copy(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, s
         offset += part.nbytes
         job.tick(part.nbytes)
     return {entry.name: digest.hexdigest()}
-
-
-def _read_into(reader: Reader, buffer: torch.Tensor, offset: int) -> None:
-    view: Any = tensor_bytes(buffer)
-    start, length = offset, len(view)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(reader.fd, offset + _AHEAD_BYTES, len(view), os.POSIX_FADV_WILLNEED)
-    while view:
-        count = os.preadv(reader.fd, [view], offset)
-        if count == 0:
-            raise CorruptCheckpointError(
-                "file became shorter while it was read", where=reader.path, remedy="fetch the file again"
-            )
-        view, offset = view[count:], offset + count
-    drop_cached(reader.fd, start, length)
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor, without a copy if it is contiguous."""
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from blockscale.checkpoint.plan import MANIFEST_NAME
 from blockscale.checkpoint.problems import Problem, structural_problems
 from blockscale.checkpoint.progress import Progress, Silent
 from blockscale.checkpoint.source import Source
-from blockscale.checkpoint.tasks import Reader, chunks, open_reader, tensor_bytes
+from blockscale.checkpoint.strips import Reader, chunks, open_reader, tensor_bytes
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
 from blockscale.formats import scaled_weight_name
 

@@ -9,7 +9,7 @@ from blockscale.ops.gemm import (
 )
 from blockscale.ops.gemm_dispatch import GemmBackend
 from blockscale.ops.moe_permute import moe_permute, moe_unpermute
-from blockscale.ops.nonfinite import find_nonfinite
+from blockscale.ops.nonfinite import find_nonfinite, flag_nonfinite
 from blockscale.ops.quantize_activation import quantize_activation
 from blockscale.ops.quantize_weight import quantize_weight
 from blockscale.ops.rms_norm_quantize import rms_norm_quantize
@@ -19,6 +19,7 @@ __all__ = [
     "GemmBackend",
     "dequantize_weight",
     "find_nonfinite",
+    "flag_nonfinite",
     "fp8_gemm_nt",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",

@@ -1,11 +1,13 @@
 """Which implementation runs a GEMM; the only place that knows.
 
+On a GPU, what a tuning table says for it and the sizes (`tuning_table`: the user's, then the shipped one);
+else, by heuristics:
 - CPU: dequantize to float32 and multiply ("dequantized").
 - Hopper (SM90): CUDA C++, Gluon or Triton, as measured on an H100 (`benchmarks/results/gemm.jsonl`).
 - other GPUs with FP8 arithmetic (SM89, SM100 and later): Triton.
 - older GPUs (A100, V100): FP8 is a storage format; dequantize to BF16 and multiply, said once in the log.
 What cannot be loaded (no Triton, no CUDA bindings) is passed over for the next, said once. The choice depends
-on device and sizes alone: nothing is tuned at call time.
+on device and sizes alone: nothing is tuned at call time, that is what `blockscale tune` is for.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 
 from blockscale.errors import BlockscaleError
+from blockscale.ops.tuning_table import Choice, find_choice
 
 GemmBackend = Literal["auto", "reference", "dequantized", "triton", "gluon", "cuda", "cublas"]
 Op = Literal["fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"]
@@ -58,8 +61,9 @@ def implementation(
         expected = " | ".join(("auto", *_MODULES))
         raise BlockscaleError("unknown backend", where=f"{op}: backend", expected=expected, got=repr(backend))
     if backend == "auto":
-        loaded = (_load(op, name)[0] for name in _candidates(op, device, sizes))
-        return next(run for run in loaded if run is not None)  # "dequantized" comes last and always loads
+        choice = find_choice(op, device, sizes) if device.type == "cuda" else None
+        tuned = chosen(op, choice) if choice is not None else None
+        return tuned or heuristic(op, device, sizes)[1]
     reason = _unfit(backend, device)
     found, error = (None, reason) if reason else _load(op, backend)
     if found is None:
@@ -69,7 +73,29 @@ def implementation(
     return found
 
 
-def _candidates(op: Op, device: torch.device, sizes: tuple[int, int, int]) -> tuple[str, ...]:
+def chosen(op: Op, choice: Choice) -> Callable[..., torch.Tensor] | None:
+    """The function that computes `op` as a tuning table says, or None if its backend cannot be loaded."""
+    run, _ = _load(op, choice.backend)
+    return run if run is None or choice.tile is None else functools.partial(run, tile=choice.tile)
+
+
+def heuristic(
+    op: Op, device: torch.device, sizes: tuple[int, int, int]
+) -> tuple[GemmBackend, Callable[..., torch.Tensor]]:
+    """The backend that "auto" takes for sizes (M, N, K) that no tuning table knows, and its function."""
+    for name in _candidates(op, device, sizes):
+        run, _ = _load(op, name)
+        if run is not None:
+            return name, run
+    raise AssertionError("the last candidate always loads")
+
+
+def available(op: Op, device: torch.device, backends: Iterable[str]) -> tuple[str, ...]:
+    """Those of `backends` that can run an operator on a device."""
+    return tuple(name for name in backends if not _unfit(name, device) and _load(op, name)[0] is not None)
+
+
+def _candidates(op: Op, device: torch.device, sizes: tuple[int, int, int]) -> tuple[GemmBackend, ...]:
     """Backends for a device and sizes, the best first."""
     if device.type != "cuda":
         return ("dequantized",)
@@ -80,22 +106,19 @@ def _candidates(op: Op, device: torch.device, sizes: tuple[int, int, int]) -> tu
     return (*_HOPPER[op](sizes), "dequantized") if capability[0] == 9 else ("triton", "dequantized")
 
 
-def _hopper_dense(sizes: tuple[int, int, int]) -> tuple[str, ...]:
-    """CUDA for few rows (swap-AB, split K), and where Gluon's tiles of 256 columns would be partly idle."""
-    m, n, _ = sizes
-    idle = -n % 256 / n
-    return ("cuda", "triton") if m <= 128 or idle > 0.05 else ("gluon", "cuda", "triton")
+def _hopper_dense(sizes: tuple[int, int, int]) -> tuple[GemmBackend, ...]:
+    return "cuda", "gluon", "triton"
 
 
-def _hopper_contiguous(sizes: tuple[int, int, int]) -> tuple[str, ...]:
+def _hopper_contiguous(sizes: tuple[int, int, int]) -> tuple[GemmBackend, ...]:
     return "gluon", "cuda", "triton"
 
 
-def _hopper_masked(sizes: tuple[int, int, int]) -> tuple[str, ...]:
+def _hopper_masked(sizes: tuple[int, int, int]) -> tuple[GemmBackend, ...]:
     return "cuda", "triton"
 
 
-_HOPPER: dict[Op, Callable[[tuple[int, int, int]], tuple[str, ...]]] = {
+_HOPPER: dict[Op, Callable[[tuple[int, int, int]], tuple[GemmBackend, ...]]] = {
     "fp8_gemm_nt": _hopper_dense,
     "m_grouped_fp8_gemm_nt_contiguous": _hopper_contiguous,
     "m_grouped_fp8_gemm_nt_masked": _hopper_masked,

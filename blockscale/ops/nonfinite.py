@@ -1,4 +1,4 @@
-"""Count NaN and Inf: the fast form of `blockscale.reference.find_nonfinite`."""
+"""Count NaN and Inf: the fast form of `blockscale.reference.find_nonfinite`; and whether there is any."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from blockscale.ops import dispatch
 from blockscale.reference import checks
 
 _OP = "find_nonfinite"
+_FLAG_OP = "flag_nonfinite"
 _PIECE = 1 << 22  # values searched at a time
 # Magnitude bits from which on a value is Inf or NaN; E4M3 has no Inf.
 _LIMIT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000, torch.float8_e4m3fn: 0x7F}
@@ -51,6 +52,27 @@ def find_nonfinite(
         found = dispatch.run_strips(work, math.ceil(flat.size / _PIECE), flat.size, threads)
     firsts = [first for _, first in found if first >= 0]
     return sum(count for count, _ in found), min(firsts, default=-1)
+
+
+def flag_nonfinite(
+    x: torch.Tensor, flag: torch.Tensor, *, threads: int | None = None, backend: dispatch.Backend = "auto"
+) -> None:
+    """Write to `flag` whether `x` holds NaN or Inf; on a GPU the host waits for nothing.
+
+    Args:
+        x, threads, backend: as for `find_nonfinite`.
+        flag: int32 (1,) on the device of `x`; becomes 1 if a value is NaN or Inf, else 0.
+
+    Raises:
+        BlockscaleError: wrong dtype, unusable `flag`, unknown backend.
+    """
+    checks.check_dtype(f"{_FLAG_OP}: x", x.dtype, (*checks.HIGH_PRECISION, checks.CODES))
+    dispatch.check_out(f"{_FLAG_OP}: flag", flag, x, (1,), torch.int32)
+    triton_kernels = dispatch.triton_kernels(_FLAG_OP, "nonfinite", x.device, backend)
+    if triton_kernels is not None and x.numel():
+        flag.copy_(triton_kernels.count_nonfinite(x.detach().contiguous())[:1].clamp_(max=1))
+    else:
+        flag.fill_(find_nonfinite(x, threads=threads, backend=backend)[0] > 0)
 
 
 def _shifted(found: tuple[int, int], piece: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ def quantize_weight(
     scale_fmt: ScaleFmt = "float32",
     *,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    flag: torch.Tensor | None = None,
     threads: int | None = None,
     backend: dispatch.Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,6 +35,8 @@ def quantize_weight(
         scale_fmt: "float32", or "ue8m0" for scales rounded up to powers of two.
         out: (codes, scale) to write to, contiguous: float8_e4m3fn of the weight's shape, and float32
             (..., ceil(N/block_n), ceil(K/block_k)). Its content is undefined after an error.
+        flag: int32 (1,) on the weight's device. 1 is written to it if the weight holds NaN or Inf, else 0, in
+            place of the error: to raise one, the host has to wait for the device.
         threads: CPU threads of the numba backend; default torch.get_num_threads().
         backend: "auto" takes the fastest that works for the tensor's device.
 
@@ -41,8 +44,8 @@ def quantize_weight(
         (codes, scale); `out` itself if it was given.
 
     Raises:
-        NonFiniteError: the weight holds NaN or Inf.
-        BlockscaleError: wrong dtype or shape, unusable `out`, unknown scale format or backend.
+        NonFiniteError: the weight holds NaN or Inf, and there is no `flag`.
+        BlockscaleError: wrong dtype or shape, unusable `out` or `flag`, unknown scale format or backend.
     """
     fmt = BlockFP8(block_size, scale_fmt)
     checks.check_weight(_OP, weight)
@@ -50,18 +53,24 @@ def quantize_weight(
     triton_kernels = dispatch.triton_kernels(_OP, _OP, weight.device, backend)
     kernels = dispatch.numba_kernels(_OP, weight.device, backend)
     codes, scale = dispatch.quantizer_outputs(_OP, weight, fmt.scale_shape(tuple(weight.shape)), out)
+    if flag is not None:
+        dispatch.check_out(f"{_OP}: flag", flag, weight, (1,), torch.int32)
+        flag.zero_()
     if weight.numel() == 0:
         return codes, scale
     if triton_kernels is not None and triton_kernels.fits(tuple(weight.shape), fmt.block_size):
         shape, grid = dispatch.matrix_shape(tuple(weight.shape)), dispatch.matrix_shape(tuple(scale.shape))
         x = dispatch.as_matrices(weight)
         q, s, pow2 = codes.view(shape), scale.view(grid), fmt.scale_fmt == "ue8m0"
-        finite = not int(triton_kernels.quantize_weight(x, q, s, fmt.block_size, pow2))
+        bad = triton_kernels.quantize_weight(x, q, s, fmt.block_size, pow2, flag)
+        finite = flag is not None or not int(bad)
     elif kernels is None:
         finite = _with_reference(weight, fmt, codes, scale)
     else:
         finite = _with_kernels(kernels, weight, fmt, codes, scale, threads)
-    if not finite:
+    if not finite and flag is not None:
+        flag.fill_(1)
+    elif not finite:
         found = find_nonfinite(weight, threads=threads, backend=backend)
         raise checks.non_finite(_OP, *found, tuple(weight.shape))
     return codes, scale

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import time
@@ -26,6 +25,7 @@ from typing import Any
 
 import torch
 
+from blockscale.ops.timing import interleave
 from blockscale.version import __version__
 
 
@@ -78,16 +78,6 @@ def time_interleaved(
     for call in competitors.values():
         call()
     return Timings(interleave({name: partial(timer, call) for name, call in competitors.items()}, rounds))
-
-
-def interleave(timers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call every timer once a round, in an order drawn anew (seeded); what each returned, by round."""
-    found: dict[str, list[float]] = {name: [] for name in timers}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(timers), len(timers)):
-            found[name].append(timers[name]())
-    return found
 
 
 def flushed_microseconds(call: Callable[[], object]) -> float:

@@ -228,6 +228,15 @@ def test_uploads_of_nodes_are_found_though_listings_are_cached(cluster, tmp_path
     assert data.contents(tmp_path / "far") == data.contents(tmp_path / "local")
 
 
+def test_a_gpu_that_no_node_has_is_refused(cluster, source, tmp_path):
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("the nodes have a GPU")
+    with pytest.raises(BlockscaleError) as caught:
+        dequantize_checkpoint(source, tmp_path / "result", run=RunOptions(cluster="auto", device="cuda"))
+    assert str(caught.value) == "device cuda: no node of the cluster has a GPU; use --device cpu"
+    assert not (tmp_path / "result").exists()
+
+
 def test_more_threads_than_any_node_has_are_refused(cluster, source, tmp_path):
     with pytest.raises(BlockscaleError, match=r"--workers 64: .* \(expected at most 1\)"):
         dequantize_checkpoint(source, tmp_path / "result", run=replace(ON_RAY, workers=64))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blockscale import RunOptions, dequantize_checkpoint, quantize_checkpoint, reference, verify_checkpoint
-from blockscale.checkpoint import tasks
+from blockscale.checkpoint import strips
 from blockscale.testing.asserts import assert_bitwise_equal
 from tests import data
 
@@ -45,7 +45,7 @@ def test_values_are_those_of_the_reference(tmp_path, block_size, dtype):
 @pytest.mark.parametrize("chunk", [100, 8 << 20])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_deepseek_checkpoint_in_shards(tmp_path, monkeypatch, workers, chunk):
-    monkeypatch.setattr(tasks, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(strips, "CHUNK_BYTES", chunk)
     quantized = data.in_fp8(data.deepseek_v3(), block_size=(32, 48), scale_fmt="ue8m0")
     source = data.write(tmp_path / "source", quantized, shards=3)
     dequantize_checkpoint(source, tmp_path / "out", run=RunOptions(workers=workers))

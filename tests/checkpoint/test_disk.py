@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 
 from blockscale import RunOptions, quantize_checkpoint
-from blockscale.checkpoint import convert, engine, tasks, workspace, writer
+from blockscale.checkpoint import convert, engine, strips, workspace, writer
 from tests import data
 
 FULL = "disk is full; free some space and run the same command again: finished shards are kept"
@@ -239,8 +239,10 @@ def test_a_short_write_is_continued(source, out, tmp_path, monkeypatch):
     monkeypatch.setattr(
         writer.os, "pwrite", lambda fd, view, offset: pwrite(fd, view[: len(view) // 2 + 1], offset)
     )
-    monkeypatch.setattr(
-        tasks.os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][: len(views[0]) // 2 + 1]], offset)
-    )
+
+    def read_half(fd, views, offset):
+        return preadv(fd, [views[0][: len(views[0]) // 2 + 1]], offset)
+
+    monkeypatch.setattr(strips.os, "preadv", read_half)
     quantize_checkpoint(source, out)
     assert data.contents(out) == data.contents(tmp_path / "whole")

@@ -19,7 +19,7 @@ from blockscale import RunOptions, dequantize_checkpoint, quantize_checkpoint, v
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-run, peaks = RunOptions(workers=2), {}
+run, peaks = RunOptions(workers=2, device="cpu"), {}
 for size in ("small", "large"):
     folder = f"{sys.argv[1]}/{size}"
     report = quantize_checkpoint(f"{folder}/bf16", f"{folder}/fp8", run=run)

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from blockscale import Recipe, RunOptions, quantize_checkpoint, reference
-from blockscale.checkpoint import tasks
+from blockscale.checkpoint import strips
 from blockscale.testing.asserts import assert_bitwise_equal
 from tests import data
 
@@ -143,7 +143,7 @@ def test_zeros_get_scale_one_and_tiny_weights_keep_their_values(tmp_path):
 def test_the_bytes_depend_on_no_thread_and_no_strip(tmp_path, monkeypatch, workers, chunk):
     source = data.write(tmp_path / "source", data.deepseek_v3(), shards=3)
     quantize_checkpoint(source, tmp_path / "whole", Recipe("ue8m0", (32, 48)), run=RunOptions(workers=2))
-    monkeypatch.setattr(tasks, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(strips, "CHUNK_BYTES", chunk)
     quantize_checkpoint(
         source, tmp_path / "strips", Recipe("ue8m0", (32, 48)), run=RunOptions(workers=workers)
     )

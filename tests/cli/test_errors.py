@@ -75,7 +75,10 @@ def test_no_command_shows_the_help(blockscale):
         (("quantize", "SOURCE/absent", "OUT"), "SOURCE/absent: no such folder"),
         (("quantize", "SOURCE/config.json", "OUT"), "SOURCE/config.json: is a file"),
         (("quantize", "SOURCE", "OUT", "--exclude", "*.typo"), "'*.typo': pattern matches no tensor"),
-        (("quantize", "SOURCE", "OUT", "--device", "cuda"), "device cuda: no CUDA device; use --device cpu"),
+        (
+            ("quantize", "SOURCE", "OUT", "--device", "cuda"),
+            "device cuda: no CUDA device (expected a GPU to run on, got PyTorch ",
+        ),
         (("quantize", "nosuch://x", "OUT"), "nosuch://x: cannot be opened: "),
         (("quantize", "SOURCE", "nosuch://x"), "nosuch://x: cannot be opened: "),
         (("dequantize", "SOURCE", "OUT"), "no FP8 weight in the checkpoint"),

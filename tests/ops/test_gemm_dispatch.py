@@ -1,5 +1,7 @@
 """The public GEMMs: which backend runs, the same result from each, torch.compile, CUDA graphs."""
 
+import types
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -7,13 +9,51 @@ from torch.library import opcheck
 from blockscale import ops, reference
 from blockscale.errors import BlockscaleError
 from blockscale.metrics import calc_diff
-from blockscale.ops import gemm_dispatch
+from blockscale.ops import gemm_dispatch, tuning_table
+from blockscale.ops._cuda.configs import FewTile
+from blockscale.ops.tuning_table import Choice, Entry, Key
 from blockscale.testing.data import gaussian
 from tests.devices import DEVICES
 
 BACKENDS = ["auto", "reference", "dequantized", "triton", "gluon", "cuda", "cublas"]
 CPU_BACKENDS = ["auto", "reference", "dequantized"]
 ON_GPU = pytest.mark.gpu
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """Pretend that the machine has a Hopper GPU; called with choices, it makes them the user's table.
+
+    The operators of every backend return its name and what they were called with.
+    """
+
+    def backend(name):
+        def run(*arguments, **keywords):
+            return name, arguments, keywords
+
+        ops_of = ("fp8_gemm_nt",) if name == "cublas" else tuning_table.OPERATORS
+        return types.SimpleNamespace(**dict.fromkeys(ops_of, run))
+
+    modules = {gemm_dispatch._MODULES[name]: backend(name) for name in tuning_table.BACKENDS}
+    found = gemm_dispatch.importlib.import_module
+    fake = types.SimpleNamespace(import_module=lambda name: modules.get(name) or found(name))
+    monkeypatch.setattr(gemm_dispatch, "importlib", fake)
+    monkeypatch.setattr(gemm_dispatch, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+    monkeypatch.setattr(tuning_table, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caches = (gemm_dispatch._load, tuning_table._choices)
+    for cache in caches:
+        cache.cache_clear()
+
+    def write(choices):
+        table = {key: Entry(choice, 1.0, 2.0, "2026-11-22", "") for key, choice in choices.items()}
+        tuning_table.write_table(tuning_table.table_file("Test GPU"), "Test GPU", table)
+
+    yield write
+    for cache in caches:
+        cache.cache_clear()
 
 
 def _operands(m=130, n=336, k=576, device="cpu", layout="column"):
@@ -153,7 +193,7 @@ def test_what_cannot_run_here_says_so():
         ((8, 0), 16, 4096, "dequantized"),
         ((8, 9), 4096, 4096, "triton"),
         ((9, 0), 16, 4096, "cuda"),
-        ((9, 0), 4096, 4096, "gluon"),
+        ((9, 0), 4096, 4096, "cuda"),
         ((9, 0), 4096, 2112, "cuda"),
         ((10, 0), 4096, 4096, "triton"),
     ],
@@ -178,3 +218,43 @@ def test_a_backend_that_cannot_be_loaded_is_passed_over(monkeypatch, caplog):
         gemm_dispatch._load.cache_clear()
     assert torch.equal(found, ops.fp8_gemm_nt(*operands, backend="dequantized"))
     assert sum("backend cuda cannot be loaded" in record.message for record in caplog.records) == 1
+
+
+def test_auto_takes_what_the_table_says_with_its_tile(hopper):
+    hopper({Key("fp8_gemm_nt", 4096, 7168, 16): Choice("cuda", FewTile(16, splits=8))})
+    run = gemm_dispatch.implementation("fp8_gemm_nt", GPU, (9, 4096, 7168), "auto")
+    assert run("a") == ("cuda", ("a",), {"tile": FewTile(16, splits=8)})
+
+
+def test_sizes_no_table_knows_get_the_heuristics_and_nothing_is_measured(hopper, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("measured at call time")
+
+    for name in ("Event", "CUDAGraph", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    hopper({Key("fp8_gemm_nt", 4096, 7168, 16): Choice("triton")})
+    for m, n, expected in ((9, 4096, "triton"), (17, 4096, "cuda"), (9, 4112, "cuda"), (4096, 4096, "cuda")):
+        run = gemm_dispatch.implementation("fp8_gemm_nt", GPU, (m, n, 7168), "auto")
+        assert run() == (expected, (), {})
+
+
+def test_a_backend_asked_for_goes_before_the_table(hopper):
+    hopper({Key("fp8_gemm_nt", 4096, 7168, 16): Choice("triton")})
+    assert gemm_dispatch.implementation("fp8_gemm_nt", GPU, (9, 4096, 7168), "cuda")() == ("cuda", (), {})
+
+
+def test_a_choice_that_cannot_be_loaded_leaves_it_to_the_heuristics(hopper, monkeypatch, caplog):
+    monkeypatch.setitem(gemm_dispatch._MODULES, "cublas", "no_such_package.kernels")
+    hopper({Key("fp8_gemm_nt", 4096, 7168, 4096): Choice("cublas")})
+    for _ in range(2):
+        assert gemm_dispatch.implementation("fp8_gemm_nt", GPU, (4096, 4096, 7168), "auto")()[0] == "cuda"
+    assert sum("backend cublas cannot be loaded" in record.message for record in caplog.records) == 1
+
+
+def test_what_is_available_runs_here(hopper):
+    hopper({})
+    assert gemm_dispatch.available("fp8_gemm_nt", GPU, ("cuda", "cublas")) == ("cuda", "cublas")
+    assert gemm_dispatch.available("m_grouped_fp8_gemm_nt_masked", GPU, ("cuda", "cublas")) == ("cuda",)
+    assert gemm_dispatch.available("fp8_gemm_nt", torch.device("cpu"), ("cuda", "dequantized")) == (
+        "dequantized",
+    )

@@ -6,9 +6,9 @@ Products accumulate in float32 within each 128 of K; then acc = fma(partial, a_s
 The kernels are `fp8_gemm.cu` (many rows) and `fp8_gemm_few.cu` (few rows), the tile shapes `configs.py`.
 
 What a launch needs (tensor maps, sizes, grid) depends on addresses, shapes, strides and the stream; it is
-made once and kept for the next call with the same. Launches go to PyTorch's current stream, synchronize nothing
-and can be captured in CUDA graphs. They allow programmatic overlap: blocks may be set up while the kernel
-before still runs, and wait for its end before they touch memory.
+made once and kept for the next call with the same. Launches go to PyTorch's current stream, never wait, and
+can be captured in CUDA graphs. They allow programmatic overlap: blocks may be set up while the kernel before
+still runs, and wait for its end before they touch memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Count NaN and Inf on the GPU and find the first, in one pass over memory and one read of two integers."""
+"""Count NaN and Inf on the GPU and find the first: one pass over memory that leaves two integers there."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ def _find_nonfinite_kernel(
 
 def find_nonfinite(x: torch.Tensor) -> tuple[int, int]:
     """How many values of x, contiguous and not empty, are NaN or Inf; flat index of the first, -1 if none."""
+    count, from_end = count_nonfinite(x).tolist()
+    return count, x.numel() - from_end if count else -1
+
+
+def count_nonfinite(x: torch.Tensor) -> torch.Tensor:
+    """int64 (2,) on the device: how many values of x are NaN or Inf, and how far from the end the first is.
+
+    x is contiguous and not empty. The host waits for nothing.
+    """
     integer, limit = _BITS[x.dtype]
     found = torch.zeros(2, dtype=torch.int64, device=x.device)
     with current(x.device):
@@ -49,5 +58,4 @@ def find_nonfinite(x: torch.Tensor) -> tuple[int, int]:
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
-    count, from_end = found.tolist()
-    return count, x.numel() - from_end if count else -1
+    return found

@@ -60,12 +60,17 @@ def _quantize_weight_kernel(
 
 
 def quantize_weight(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int], pow2: bool
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    block_size: tuple[int, int],
+    pow2: bool,
+    bad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Fill `codes` and `scale`, (E, N, K) and its grid, contiguous; the host waits for nothing.
 
     Returns:
-        int32 (1,) on the device: 1 if x holds NaN or Inf, else 0.
+        int32 (1,) on the device, `bad` if it was given (as zero): 1 if x holds NaN or Inf, else 0.
     """
     experts, n, k = x.shape
     grid_n, grid_k = scale.shape[1:]
@@ -73,7 +78,7 @@ def quantize_weight(
     # A block that reaches past the weight ends with it.
     height = triton.next_power_of_2(min(block_n, n))
     width = triton.next_power_of_2(min(block_k, k))
-    bad = torch.zeros(1, dtype=torch.int32, device=x.device)
+    bad = torch.zeros(1, dtype=torch.int32, device=x.device) if bad is None else bad
     with current(x.device):
         _quantize_weight_kernel[(grid_n * grid_k, experts)](
             x,
