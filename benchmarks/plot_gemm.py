@@ -44,7 +44,7 @@ Lines = dict[str, dict[int, float]]  # competitor -> M -> TFLOPS
 
 
 def latest(path: Path) -> tuple[str, dict[str, dict[Shape, dict[str, float]]]]:
-    """GPU of the latest record, and timing -> (M, N, K) -> competitor -> median microseconds on it."""
+    """GPU of the latest record, and timing -> (M, N, K) -> competitor -> microseconds on it, best round."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     records.sort(key=lambda record: record["date"])  # stable: of one date, the last line counts
     gpu = records[-1]["machine"]["gpu"]
@@ -52,8 +52,9 @@ def latest(path: Path) -> tuple[str, dict[str, dict[Shape, dict[str, float]]]]:
     for record in records:
         if record["machine"]["gpu"] == gpu:
             m, n, k = record["m_n_k"]
-            medians = {name: statistics.median(each) for name, each in record["microseconds"].items()}
-            tables.setdefault(record["timing"], {})[m, n, k] = medians
+            # The best round of each: a host that was late with a launch is no property of a kernel.
+            best = {name: min(each) for name, each in record["microseconds"].items()}
+            tables.setdefault(record["timing"], {})[m, n, k] = best
     return gpu, tables
 
 

@@ -128,29 +128,33 @@ __device__ __forceinline__ void feed(const Problem& problem, const TensorMap* a,
   }
 }
 
-// One lane holds the weight scales of one step, 32 steps in all; steps past the end count as 0.
-__device__ __forceinline__ void load_b_scales(float (&scales)[SCALE_ROWS], const Problem& problem, const Tile& tile,
-                                              int first_column, int k) {
-  k += threadIdx.x % 32;
+// The rows of weight scales that a warpgroup sees in a tile: step 0 of the first, and how many there are after it.
+struct ScaleRows {
+  const float* first;
+  int more;
+};
+
+__device__ __forceinline__ ScaleRows scale_rows(const Problem& problem, const Tile& tile, int first_column) {
+  const int row = min((tile.n0 + first_column) / 128, problem.scale_rows - 1);
+  const i64 at = (i64(tile.expert) * problem.scale_rows + row) * problem.steps;
+  return {problem.b_scale + at, problem.scale_rows - 1 - row};
+}
+
+__device__ __forceinline__ void load_b_scale(float (&scale)[SCALE_ROWS], const float* first, int more, int steps) {
 #pragma unroll
-  for (int r = 0; r < SCALE_ROWS; ++r) {
-    const int row = min((tile.n0 + first_column) / 128 + r, problem.scale_rows - 1);
-    const i64 at = (i64(tile.expert) * problem.scale_rows + row) * problem.steps + k;
-    scales[r] = k < problem.steps ? __ldg(problem.b_scale + at) : 0.0f;
-  }
+  for (int r = 0; r < SCALE_ROWS; ++r) scale[r] = __ldg(first + min(r, more) * steps);
 }
 
 // scale[w][h][r]: of wave w, its upper and lower eight rows, times row r of the weight scales of this step.
 __device__ __forceinline__ void load_scales(float (&scale)[WAVES][2][SCALE_ROWS], u32 a_scales,
-                                            const float (&b_scales)[SCALE_ROWS], int step) {
+                                            const float (&b_scale)[SCALE_ROWS]) {
 #pragma unroll
   for (int w = 0; w < WAVES; ++w) {
     const float upper = load_shared(a_scales + w * 64 * 4), lower = load_shared(a_scales + (w * 64 + 8) * 4);
 #pragma unroll
     for (int r = 0; r < SCALE_ROWS; ++r) {
-      const float b = __shfl_sync(0xffffffff, b_scales[r], step);
-      scale[w][0][r] = upper * b;
-      scale[w][1][r] = lower * b;
+      scale[w][0][r] = upper * b_scale[r];
+      scale[w][1][r] = lower * b_scale[r];
     }
   }
 }
@@ -207,12 +211,14 @@ __device__ __forceinline__ void multiply(const Problem& problem, const TensorMap
   Tile tile, next;
   if (!scheduler.take(tile)) return;
   Slot slot;
-  float acc[WAVES][SUMS], part[SUMS], b_ahead[SCALE_ROWS], b_scales[SCALE_ROWS];
+  float acc[WAVES][SUMS], part[SUMS], b_scale[SCALE_ROWS], b_next[SCALE_ROWS];
   bool ready = false;
-  load_b_scales(b_ahead, problem, tile, first_column, 0);
+  ScaleRows rows = scale_rows(problem, tile, first_column);
+  load_b_scale(b_scale, rows.first, rows.more, problem.steps);
 
   while (true) {
     const bool another = scheduler.take(next);
+    const ScaleRows next_rows = another ? scale_rows(problem, next, first_column) : rows;
     const int n0 = tile.n0 + first_column, boundary = 8 - n0 % 128 / 16;
 #pragma unroll
     for (int w = 0; w < WAVES; ++w) {
@@ -229,16 +235,10 @@ __device__ __forceinline__ void multiply(const Problem& problem, const TensorMap
         start(part, memory.a(stage) + (first_row + w * 64) * BK, memory.b(stage) + first_column * BK);
         // What can be done while the tensor cores work, so that little but promotions keeps them waiting.
         if (w == 0) {
-          if (k % 32 == 0) {
-#pragma unroll
-            for (int r = 0; r < SCALE_ROWS; ++r) b_scales[r] = b_ahead[r];
-            if (k + 32 < problem.steps) {
-              load_b_scales(b_ahead, problem, tile, first_column, k + 32);
-            } else if (another) {
-              load_b_scales(b_ahead, problem, next, first_column, 0);
-            }
-          }
-          load_scales(scale, memory.scale(stage) + my_row, b_scales, k % 32);
+          load_scales(scale, memory.scale(stage) + my_row, b_scale);
+          const bool same = k + 1 < problem.steps;
+          const float* const from = same ? rows.first + k + 1 : next_rows.first;
+          load_b_scale(b_next, from, same ? rows.more : next_rows.more, problem.steps);
         }
         if (w + 1 == WAVES) {
           const bool more = another || k + 1 < problem.steps;
@@ -249,10 +249,13 @@ __device__ __forceinline__ void multiply(const Problem& problem, const TensorMap
         if (w + 1 == WAVES) release(memory.empty(stage));
         promote(acc[w], part, scale[w], boundary);
       }
+#pragma unroll
+      for (int r = 0; r < SCALE_ROWS; ++r) b_scale[r] = b_next[r];
     }
     store_tile(problem, out, tile, acc, memory, warpgroup, first_row, n0);
     if (!another) break;
     tile = next;
+    rows = next_rows;
   }
   if (threadIdx.x % 128 == 0) store_wait();
 }

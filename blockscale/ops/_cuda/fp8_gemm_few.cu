@@ -78,13 +78,14 @@ __device__ __forceinline__ void feed(const Problem& problem, const TensorMap* a,
   Slot slot;
   Tile tile;
   const int first = first_step(problem, rank), last = first_step(problem, rank + 1);
-  const u64 once = read_once();
+  // Many experts are more than the cache could be spared for: there the mark measured 7 % slower.
+  const u64 policy = KIND == 2 ? read_again() : read_once();
   while (scheduler.take(tile)) {
     for (int k = first; k < last; ++k, slot.advance()) {
       const u32 full = memory.full(slot.stage);
       barrier_wait(memory.empty(slot.stage), slot.phase ^ 1);
       barrier_expect(full, A_BYTES + B_BYTES + BT * 4);
-      load_box_policy(memory.b(slot.stage), b, full, k * BK, tile.n0, tile.expert, once);
+      load_box_policy(memory.b(slot.stage), b, full, k * BK, tile.n0, tile.expert, policy);
       load_box(memory.a(slot.stage), a, full, k * BK, tile.m0, tile.expert);
       load_box(memory.scale(slot.stage), a_scale, full, tile.m0, k, tile.expert);
     }
