@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch.library import custom_op
+from torch import library
 
 from blockscale.ops import gemm
 from blockscale.ops.gemm_dispatch import GemmBackend
 from blockscale.reference import gemm_checks
 
 
-@custom_op("blockscale::fp8_gemm_nt", mutates_args=())
+@library.custom_op("blockscale::fp8_gemm_nt", mutates_args=())
 def fp8_gemm_nt(
     a: torch.Tensor,
     a_scale: torch.Tensor,
@@ -31,7 +31,7 @@ def fp8_gemm_nt(
     return gemm.fp8_gemm_nt(a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype, backend=chosen)
 
 
-@custom_op("blockscale::m_grouped_fp8_gemm_nt_contiguous", mutates_args=())
+@library.custom_op("blockscale::m_grouped_fp8_gemm_nt_contiguous", mutates_args=())
 def m_grouped_fp8_gemm_nt_contiguous(
     a: torch.Tensor,
     a_scale: torch.Tensor,
@@ -45,7 +45,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     return gemm.m_grouped_fp8_gemm_nt_contiguous(a, a_scale, b, b_scale, m_indices, backend=chosen)
 
 
-@custom_op("blockscale::m_grouped_fp8_gemm_nt_masked", mutates_args=())
+@library.custom_op("blockscale::m_grouped_fp8_gemm_nt_masked", mutates_args=())
 def m_grouped_fp8_gemm_nt_masked(
     a: torch.Tensor,
     a_scale: torch.Tensor,

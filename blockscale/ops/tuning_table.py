@@ -18,9 +18,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import re
-import tempfile
 import types
 import typing
 from collections.abc import Mapping
@@ -32,7 +30,7 @@ import torch
 
 from blockscale.errors import BlockscaleError
 from blockscale.ops._cuda.configs import AnyTile, FewTile, Tile
-from blockscale.paths import tuning_folder
+from blockscale.paths import replace_file, tuning_folder
 
 SHIPPED = Path(__file__).parent / "tables"
 OPERATORS = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked")
@@ -150,16 +148,7 @@ def write_table(path: Path, gpu: str, table: Table) -> None:
     entries = sorted(table.items(), key=lambda item: (item[0].op, item[0].n, item[0].k, item[0].m))
     lines = [json.dumps(each) for each in (header, *(_record(*item) for item in entries))]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
-            os.chmod(temporary, 0o644)  # mkstemp lets nobody else read it
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        replace_file(path, ("\n".join(lines) + "\n").encode())
     except OSError as error:
         raise BlockscaleError("tuning table cannot be written", where=path, got=repr(error)) from error
 

@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from blockscale import ops, reference
 from blockscale.errors import BlockscaleError
@@ -159,11 +159,11 @@ def test_the_operators_pass_opcheck(device):
     static = ("test_autograd_registration", "test_faketensor")
     everything = (*static, "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
     found, operands = torch.ops.blockscale, _operands(16, device=device)
-    opcheck(found.fp8_gemm_nt, (*operands, None, torch.bfloat16, "auto"), test_utils=everything)
+    library.opcheck(found.fp8_gemm_nt, (*operands, None, torch.bfloat16, "auto"), test_utils=everything)
     contiguous = (*_grouped(device=device), "auto")
-    opcheck(found.m_grouped_fp8_gemm_nt_contiguous, contiguous, test_utils=everything)
+    library.opcheck(found.m_grouped_fp8_gemm_nt_contiguous, contiguous, test_utils=everything)
     masked = (*_masked(device=device), 8, "auto")
-    opcheck(found.m_grouped_fp8_gemm_nt_masked, masked, test_utils=static)
+    library.opcheck(found.m_grouped_fp8_gemm_nt_masked, masked, test_utils=static)
 
 
 @pytest.mark.parametrize("device", DEVICES)

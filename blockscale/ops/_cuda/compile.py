@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from blockscale.errors import BlockscaleError
-from blockscale.paths import cache_folder
+from blockscale.paths import cache_folder, replace_file
 
 ARCHITECTURE = "sm_90a"
 _OPTIONS = (f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "--device-as-default-execution-space")
@@ -42,7 +41,8 @@ def machine_code(main: str, headers: Mapping[str, str]) -> bytes:
     except OSError:
         pass
     code, _ = compile_source(main, headers)
-    _write(path, code)
+    with suppress(OSError):  # a cache that cannot be written costs the next process a second
+        replace_file(path, code)
     return code
 
 
@@ -114,18 +114,3 @@ def _key(main: str, headers: Mapping[str, str]) -> str:
     version = _nvrtc(_bindings("nvrtc").nvrtcVersion())
     parts = [main, source_text(main), *(text for item in sorted(headers.items()) for text in item)]
     return hashlib.sha256(repr((version, _OPTIONS, parts)).encode()).hexdigest()[:40]
-
-
-def _write(path: Path, code: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(code)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
-    except OSError:
-        return  # a cache that cannot be written costs the next process a second

@@ -20,8 +20,8 @@ __device__ __forceinline__ void each_pair(const float (&sums)[SUMS], const Probl
 }
 
 // The end of an expert's rows, when masked: rows after it must not be touched, so no box fits.
-__device__ __forceinline__ void store_ragged(const Problem& problem, const Tile& tile, const float (&sums)[SUMS], int row0,
-                                             int n0, int columns) {
+__device__ __forceinline__ void store_ragged(const Problem& problem, const Tile& tile, const float (&sums)[SUMS],
+                                             int row0, int n0, int columns) {
   u8* const out = static_cast<u8*>(problem.out) + tile.expert * problem.out_expert * OUT_SIZE;
   each_pair(sums, problem, n0, columns, [&](int row, int column, float x, float y) {
     if (row0 + row >= tile.rows || column >= columns) return;
@@ -67,8 +67,8 @@ __device__ __forceinline__ void store_tile(const Problem& problem, const TensorM
     if (leader) {
 #pragma unroll
       for (int box = 0; box < UNIT_N * OUT_SIZE / LINE_BYTES; ++box) {
-        const int column = box * (LINE_BYTES / OUT_SIZE);
-        if (column < columns) store_box(map, staged + box * 64 * LINE_BYTES, n0 + column, row0, KIND == 2 ? tile.expert : 0);
+        const int column = box * (LINE_BYTES / OUT_SIZE), expert = KIND == 2 ? tile.expert : 0;
+        if (column < columns) store_box(map, staged + box * 64 * LINE_BYTES, n0 + column, row0, expert);
       }
       store_commit();
     }
