@@ -142,7 +142,7 @@ def command_line(*arguments: object) -> list[str]:
     words = [str(argument) for argument in arguments]
     program = shutil.which("blockscale", path=str(Path(sys.executable).parent))
     console.print("$ blockscale " + " ".join(words), style="bold")
-    return [program, *words] if program else [sys.executable, "-m", "blockscale.cli.main", *words]
+    return [program, *words] if program else [sys.executable, "-m", "blockscale", *words]
 
 
 def compare_weights(original: Path, fp8: Path, back: Path) -> Weights:

@@ -41,7 +41,7 @@ def test_optional_packages_are_not_imported_with_the_package():
 
 
 def test_help_lists_the_subcommands():
-    result = _run("-m", "blockscale.cli.main", "--help")
+    result = _run("-m", "blockscale", "--help")
     assert result.returncode == 0, result.stderr
     for command in ("quantize", "dequantize", "inspect", "plan", "verify"):
         assert command in result.stdout

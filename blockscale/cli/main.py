@@ -54,7 +54,3 @@ def main() -> None:
     if code == _INTERRUPTED:
         console.interrupted()
     raise SystemExit(code or 0)
-
-
-if __name__ == "__main__":
-    main()

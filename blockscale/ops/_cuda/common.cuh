@@ -86,11 +86,12 @@ __device__ __forceinline__ void barrier_publish(u32 barrier, u32 rank) {
       : "memory");
 }
 
+// Whether the phase is over; never waits.
 __device__ __forceinline__ bool barrier_test(u32 barrier, u32 parity) {
   u32 done;
   asm volatile(
       "{\n.reg .pred p;\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.u32 %0, 1, 0, p;\n}"
       : "=r"(done)
       : "r"(barrier), "r"(parity)
@@ -99,7 +100,15 @@ __device__ __forceinline__ bool barrier_test(u32 barrier, u32 parity) {
 }
 
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  while (!barrier_test(barrier, parity)) {
+  u32 done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
   }
 }
 
@@ -255,6 +264,14 @@ __device__ __forceinline__ void store_shared2(u32 address, float x, float y) {
 
 __device__ __forceinline__ void store_shared_bits(u32 address, u32 value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+// Four matrices of 8 x 8 bfloat16, of each the two elements that the tensor cores left to this lane. Lane l gives the
+// address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(u32 row, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
 }
 
 // Four floats at `address` in the shared memory of block `rank` of the cluster, or of this block.

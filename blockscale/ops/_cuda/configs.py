@@ -72,8 +72,8 @@ class Tile:
 
     @property
     def stage_bytes(self) -> int:
-        """Shared memory of a stage: both operands, the activation scales and two barriers."""
-        return (self.block_m + self.block_n) * BLOCK_K + self.block_m * 4 + 16
+        """Shared memory of a stage: both operands, the activation and weight scales and two barriers."""
+        return (self.block_m + self.block_n) * BLOCK_K + self.block_m * 4 + 16 + 16
 
     def _fixed_bytes(self, out_float32: bool) -> int:
         """Shared memory besides the stages: the rows of out that are staged, all of a bfloat16 tile."""
@@ -93,7 +93,7 @@ class Tile:
     def registers(self) -> tuple[int, int]:
         """Registers of a math and of a feeding thread after the exchange."""
         launch = 65536 // (self.threads * self.occupancy) // 8 * 8  # what a thread starts with
-        feed = 24
+        feed = 40
         math_registers = (launch * (self.warpgroups + 1) - feed) // self.warpgroups // 8 * 8
         return min(math_registers, 240), feed
 

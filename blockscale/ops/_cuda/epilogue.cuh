@@ -34,6 +34,32 @@ __device__ __forceinline__ void store_ragged(const Problem& problem, const Tile&
   });
 }
 
+// A wave to shared memory: boxes of LINE_BYTES a row, one after the other, swizzled as the copy engine does.
+__device__ __forceinline__ void stage_wave(const float (&sums)[SUMS], const Problem& problem, int n0, int columns,
+                                           u32 staged) {
+  // Chunks of 16 bytes of a row change places: of all rows and columns, only these of the row and of the chunk matter.
+  auto line = [&](int row) { return staged + row * LINE_BYTES + (row * LINE_BYTES / 128 % (LINE_BYTES / 16) << 4); };
+  auto box = [](int byte) { return byte / LINE_BYTES * (64 * LINE_BYTES); };
+  if constexpr (OUT_F32) {
+    each_pair(sums, problem, n0, columns, [&](int row, int column, float x, float y) {
+      const int byte = column * 4;
+      store_shared2((line(row) ^ byte % LINE_BYTES / 16 << 4) + byte % 16 + box(byte), x, y);
+    });
+  } else {
+    // Four matrices of 8 x 8 at a time: upper and lower rows of a warp's 16, of two times 8 columns.
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    const u32 my_line = line(row) ^ (lane / 16 << 4);
+    u32 packed[SUMS / 2];
+    int i = 0;
+    each_pair(sums, problem, n0, columns, [&](int, int, float x, float y) { packed[i++] = pack(x, y); });
+#pragma unroll
+    for (int j = 0; j < UNIT_N / 16; ++j) {
+      const u32* const p = packed + 4 * j;
+      store_matrices((my_line ^ j * 32 % LINE_BYTES) + box(j * 32), p[0], p[1], p[2], p[3]);
+    }
+  }
+}
+
 __device__ __forceinline__ void store_tile(const Problem& problem, const TensorMap* map, const Tile& tile,
                                            const float (&acc)[WAVES][SUMS], Memory memory, int warpgroup,
                                            int first_row, int n0) {
@@ -51,17 +77,7 @@ __device__ __forceinline__ void store_tile(const Problem& problem, const TensorM
       if (leader) store_wait();
       named_sync(1 + warpgroup, 128);
     }
-    each_pair(acc[w], problem, n0, columns, [&](int row, int column, float x, float y) {
-      // Boxes of LINE_BYTES a row, one after the other, swizzled as the copy engine does.
-      const int byte = column * OUT_SIZE;
-      const u32 plain = staged + byte / LINE_BYTES * 64 * LINE_BYTES + row * LINE_BYTES + byte % LINE_BYTES;
-      const u32 at = plain ^ ((plain >> 7 & (LINE_BYTES / 16 - 1)) << 4);
-      if constexpr (OUT_F32) {
-        store_shared2(at, x, y);
-      } else {
-        store_shared_bits(at, pack(x, y));
-      }
-    });
+    stage_wave(acc[w], problem, n0, columns, staged);
     copy_engine_fence();
     named_sync(1 + warpgroup, 128);
     if (leader) {

@@ -4,10 +4,11 @@
 //   ceil(K/128)) row-major; out (M, N) bfloat16 or float32. Masked: a, a_scale and out have a leading E.
 //   Each 128 of K accumulates in float32 in the tensor cores, then acc = fma(partial, a_scale * b_scale, acc).
 //
-// A persistent block computes BM x BN tiles: one thread feeds a ring of STAGES stages (128 of K each) through the
-// copy engine, WGS math warpgroups take WAVES x 64 rows each, or, SIDE by side, all rows of their share of the
-// columns. What keeps the tensor cores busy: the warpgroups share nothing but the ring, so one promotes while
-// another multiplies, and a tile is stored by the copy engine while the next is multiplied.
+// A persistent block computes BM x BN tiles: one warp feeds a ring of STAGES stages (128 of K each) through the
+// copy engine, another brings their weight scales, WGS math warpgroups take WAVES x 64 rows each, or, SIDE by side,
+// all rows of their share of the columns. What keeps the tensor cores busy: the warpgroups share nothing but the
+// ring, so one promotes while another multiplies; a tile leaves through the copy engine, and is handed to it while
+// the first products of the next one run.
 // CLUSTER = 2: two blocks share the rows of a (SHARE_A) or of b, each loads half for both.
 #include "config.cuh"
 #include "common.cuh"
@@ -27,10 +28,14 @@ constexpr int STAGED_BYTES = 64 * UNIT_N * OUT_SIZE;  // a wave of a warpgroup
 static_assert(UNIT_N % 16 == 0 && BN <= 256 && WAVES <= 2, "tile shape");
 static_assert(KIND == 0 || CLUSTER == 1 || SHARE_A, "rows of different experts share no rows of b");
 
-// A warpgroup starts at column 16 * o of a row of scales, o a multiple of FIRST: it sees up to SCALE_ROWS rows,
-// and 16 columns number j belong to row (o + j) / 8.
-constexpr int FIRST = UNIT_N % 128 == 0 ? 8 : UNIT_N % 64 == 0 ? 4 : UNIT_N % 32 == 0 ? 2 : 1;
-constexpr int SCALE_ROWS = (8 - FIRST + UNIT_N / 16 - 1) / 8 + 1;
+// Columns that start at a multiple of 16 * aligned see up to this many rows of weight scales.
+constexpr int alignment(int columns) {
+  return columns % 128 == 0 ? 8 : columns % 64 == 0 ? 4 : columns % 32 == 0 ? 2 : 1;
+}
+constexpr int rows_seen(int columns) { return (8 - alignment(columns) + columns / 16 - 1) / 8 + 1; }
+constexpr int ALIGNED = alignment(UNIT_N), SCALE_ROWS = rows_seen(UNIT_N), TILE_SCALE_ROWS = rows_seen(BN);
+constexpr int B_SCALE_BYTES = 16;
+static_assert(TILE_SCALE_ROWS * 4 <= B_SCALE_BYTES, "room for the weight scales of a stage");
 
 struct Tile {
   int m0, n0;  // first row (within the expert if masked) and column
@@ -85,7 +90,7 @@ struct Scheduler {
 };
 
 // Shared memory: stages of a, of b, staged waves of out, all 1024-byte aligned for the swizzle; stages of a_scale,
-// barriers.
+// of b_scale; barriers.
 struct Memory {
   u32 base;
 
@@ -95,7 +100,8 @@ struct Memory {
   __device__ __forceinline__ u32 scale(int stage) const {
     return staged() + WGS * STAGED_WAVES * STAGED_BYTES + stage * SCALE_BYTES;
   }
-  __device__ __forceinline__ u32 full(int stage) const { return scale(STAGES) + stage * 8; }
+  __device__ __forceinline__ u32 b_scale(int stage) const { return scale(STAGES) + stage * B_SCALE_BYTES; }
+  __device__ __forceinline__ u32 full(int stage) const { return b_scale(STAGES) + stage * 8; }
   __device__ __forceinline__ u32 empty(int stage) const { return full(stage) + STAGES * 8; }
 };
 
@@ -128,65 +134,77 @@ __device__ __forceinline__ void feed(const Problem& problem, const TensorMap* a,
   }
 }
 
-// The rows of weight scales that a warpgroup sees in a tile: step 0 of the first, and how many there are after it.
-struct ScaleRows {
-  const float* first;
-  int more;
-};
-
-__device__ __forceinline__ ScaleRows scale_rows(const Problem& problem, const Tile& tile, int first_column) {
-  const int row = min((tile.n0 + first_column) / 128, problem.scale_rows - 1);
-  const i64 at = (i64(tile.expert) * problem.scale_rows + row) * problem.steps;
-  return {problem.b_scale + at, problem.scale_rows - 1 - row};
-}
-
-__device__ __forceinline__ void load_b_scale(float (&scale)[SCALE_ROWS], const float* first, int more, int steps) {
+// One lane holds the weight scales of one step of a tile, from step k on.
+__device__ __forceinline__ void load_b_scales(float (&scales)[TILE_SCALE_ROWS], const Problem& problem,
+                                              const Tile& tile, int k) {
+  k = min(k + int(threadIdx.x % 32), problem.steps - 1);
 #pragma unroll
-  for (int r = 0; r < SCALE_ROWS; ++r) scale[r] = __ldg(first + min(r, more) * steps);
-}
-
-// scale[w][h][r]: of wave w, its upper and lower eight rows, times row r of the weight scales of this step.
-__device__ __forceinline__ void load_scales(float (&scale)[WAVES][2][SCALE_ROWS], u32 a_scales,
-                                            const float (&b_scale)[SCALE_ROWS]) {
-#pragma unroll
-  for (int w = 0; w < WAVES; ++w) {
-    const float upper = load_shared(a_scales + w * 64 * 4), lower = load_shared(a_scales + (w * 64 + 8) * 4);
-#pragma unroll
-    for (int r = 0; r < SCALE_ROWS; ++r) {
-      scale[w][0][r] = upper * b_scale[r];
-      scale[w][1][r] = lower * b_scale[r];
-    }
+  for (int r = 0; r < TILE_SCALE_ROWS; ++r) {
+    const int row = min(tile.n0 / 128 + r, problem.scale_rows - 1);
+    scales[r] = __ldg(problem.b_scale + (i64(tile.expert) * problem.scale_rows + row) * problem.steps + k);
   }
 }
 
-// Starts part = a * b over one step of K.
-__device__ __forceinline__ void start(float (&part)[SUMS], u32 a, u32 b) {
-  const u64 a_operand = operand(a), b_operand = operand(b);
-  pin(part);
-  wgmma_fence();
-  wgmma<0>(part, a_operand, b_operand);
+// Brings the weight scales of every stage. A warp of its own: only it waits for the memory they are loaded from.
+__device__ __forceinline__ void feed_b_scales(const Problem& problem, Memory memory) {
+  const int lane = threadIdx.x % 32;
+  Scheduler scheduler(problem);
+  Slot slot;
+  Tile tile, next;
+  if (!scheduler.take(tile)) return;
+  float ahead[TILE_SCALE_ROWS], scales[TILE_SCALE_ROWS];
+  load_b_scales(ahead, problem, tile, 0);
+  while (true) {
+    const bool another = scheduler.take(next);
+    for (int k = 0; k < problem.steps; ++k, slot.advance()) {
+      if (k % 32 == 0) {
 #pragma unroll
-  for (int i = 1; i < BK / 32; ++i) wgmma<1>(part, a_operand + 2 * i, b_operand + 2 * i);
-  wgmma_commit();
-  pin(part);
+        for (int r = 0; r < TILE_SCALE_ROWS; ++r) scales[r] = ahead[r];
+        if (k + 32 < problem.steps) {
+          load_b_scales(ahead, problem, tile, k + 32);
+        } else if (another) {
+          load_b_scales(ahead, problem, next, 0);
+        }
+      }
+      barrier_wait(memory.empty(slot.stage), slot.phase ^ 1);
+      if (lane == k % 32) {
+#pragma unroll
+        for (int r = 0; r < TILE_SCALE_ROWS; ++r) store_shared(memory.b_scale(slot.stage) + r * 4, scales[r]);
+        barrier_arrive(memory.full(slot.stage));
+      }
+      __syncwarp();
+    }
+    if (!another) return;
+    tile = next;
+  }
 }
 
-// acc += part * scale; scale[h][r]: of the upper and lower eight rows, for the rows r of weight scales.
+// of[w][h][r]: of wave w, its upper and lower eight rows, times row r of the weight scales of this step.
+struct Scales {
+  float of[WAVES][2][SCALE_ROWS];
+};
+
+// Starts part = a * b over one step of K.
+__device__ __forceinline__ void start(float (&part)[SUMS], u64 a, u64 b) {
+  pin(part);
+  wgmma_fence();
+  wgmma<0>(part, a, b);
+#pragma unroll
+  for (int i = 1; i < BK / 32; ++i) wgmma<1>(part, a + 2 * i, b + 2 * i);
+  wgmma_commit();
+}
+
+// acc += part * scale, or the product alone for the FIRST step. scale[h][r]: of the upper and lower eight rows, for
+// the rows r of weight scales; 16 columns number j belong to the first row if j < boundary.
+template <bool FIRST>
 __device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&part)[SUMS],
                                         const float (&scale)[2][SCALE_ROWS], int boundary) {
 #pragma unroll
-  for (int i = 0; i < SUMS / 4; ++i) {
-    const int j = i / 2, r = j / 8;
-    float upper = scale[0][r], lower = scale[1][r];
-    if (j % 8 >= FIRST && r + 1 < SCALE_ROWS) {
-      const bool next = j % 8 >= boundary;
-      upper = next ? scale[0][r + 1] : upper;
-      lower = next ? scale[1][r + 1] : lower;
-    }
-    acc[4 * i] = fmaf(part[4 * i], upper, acc[4 * i]);
-    acc[4 * i + 1] = fmaf(part[4 * i + 1], upper, acc[4 * i + 1]);
-    acc[4 * i + 2] = fmaf(part[4 * i + 2], lower, acc[4 * i + 2]);
-    acc[4 * i + 3] = fmaf(part[4 * i + 3], lower, acc[4 * i + 3]);
+  for (int i = 0; i < SUMS; ++i) {
+    const int j = i / 8, r = j / 8, half = i / 2 % 2;
+    float s = scale[half][r];
+    if (j % 8 >= ALIGNED && r + 1 < SCALE_ROWS) s = j % 8 >= boundary ? scale[half][r + 1] : s;
+    acc[i] = FIRST ? part[i] * s : fmaf(part[i], s, acc[i]);
   }
 }
 
@@ -203,62 +221,100 @@ __device__ __forceinline__ void release(u32 empty) {
 
 #include "epilogue.cuh"
 
-__device__ __forceinline__ void multiply(const Problem& problem, const TensorMap* out, Memory memory, int warpgroup) {
-  const int lane = threadIdx.x % 32;
-  const int first_row = SIDE ? 0 : warpgroup * WAVES * 64, first_column = SIDE ? warpgroup * UNIT_N : 0;
-  const u32 my_row = (first_row + threadIdx.x % 128 / 32 * 16 + lane / 4) * 4;
-  Scheduler scheduler(problem);
-  Tile tile, next;
-  if (!scheduler.take(tile)) return;
+// What a warpgroup does with the stages of all its tiles.
+struct Multiplier {
+  const Problem& problem;
+  const TensorMap* out;
+  const Memory memory;
+  const int warpgroup, first_row, first_column;
+  const u32 my_row;  // bytes from the first scale of a stage to this thread's
   Slot slot;
-  float acc[WAVES][SUMS], part[SUMS], b_scale[SCALE_ROWS], b_next[SCALE_ROWS];
-  bool ready = false;
-  ScaleRows rows = scale_rows(problem, tile, first_column);
-  load_b_scale(b_scale, rows.first, rows.more, problem.steps);
+  u64 a, b;            // operands in the stage of slot
+  bool ready = false;  // it is known to be full
+  int boundary;        // of this tile, see promote
+  u32 first_scale;     // of this tile, bytes from the first weight scale of a stage to the warpgroup's
 
-  while (true) {
-    const bool another = scheduler.take(next);
-    const ScaleRows next_rows = another ? scale_rows(problem, next, first_column) : rows;
-    const int n0 = tile.n0 + first_column, boundary = 8 - n0 % 128 / 16;
+  __device__ __forceinline__ Multiplier(const Problem& problem, const TensorMap* out, Memory memory, int warpgroup)
+      : problem(problem),
+        out(out),
+        memory(memory),
+        warpgroup(warpgroup),
+        first_row(SIDE ? 0 : warpgroup * WAVES * 64),
+        first_column(SIDE ? warpgroup * UNIT_N : 0),
+        my_row((first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) * 4) {}
+
+  __device__ __forceinline__ void load(Scales& scale, int stage) const {
+    const u32 a_scales = memory.scale(stage) + my_row, b_scales = memory.b_scale(stage) + first_scale;
 #pragma unroll
     for (int w = 0; w < WAVES; ++w) {
+      const float upper = load_shared(a_scales + w * 64 * 4), lower = load_shared(a_scales + (w * 64 + 8) * 4);
 #pragma unroll
-      for (int i = 0; i < SUMS; ++i) acc[w][i] = 0.0f;
-    }
-    for (int k = 0; k < problem.steps; ++k) {
-      const int stage = slot.stage;
-      if (!ready) barrier_wait(memory.full(stage), slot.phase);
-      slot.advance();
-      float scale[WAVES][2][SCALE_ROWS];
-#pragma unroll
-      for (int w = 0; w < WAVES; ++w) {
-        start(part, memory.a(stage) + (first_row + w * 64) * BK, memory.b(stage) + first_column * BK);
-        // What can be done while the tensor cores work, so that little but promotions keeps them waiting.
-        if (w == 0) {
-          load_scales(scale, memory.scale(stage) + my_row, b_scale);
-          const bool same = k + 1 < problem.steps;
-          const float* const from = same ? rows.first + k + 1 : next_rows.first;
-          load_b_scale(b_next, from, same ? rows.more : next_rows.more, problem.steps);
-        }
-        if (w + 1 == WAVES) {
-          const bool more = another || k + 1 < problem.steps;
-          ready = more && barrier_test(memory.full(slot.stage), slot.phase);
-        }
-        wgmma_wait<0>();
-        pin(part);
-        if (w + 1 == WAVES) release(memory.empty(stage));
-        promote(acc[w], part, scale[w], boundary);
+      for (int r = 0; r < SCALE_ROWS; ++r) {
+        const float b = load_shared(b_scales + r * 4);
+        scale.of[w][0][r] = upper * b;
+        scale.of[w][1][r] = lower * b;
       }
-#pragma unroll
-      for (int r = 0; r < SCALE_ROWS; ++r) b_scale[r] = b_next[r];
     }
-    store_tile(problem, out, tile, acc, memory, warpgroup, first_row, n0);
-    if (!another) break;
-    tile = next;
-    rows = next_rows;
   }
-  if (threadIdx.x % 128 == 0) store_wait();
-}
+
+  // The stage that is multiplied next.
+  __device__ __forceinline__ void aim() {
+    a = operand(memory.a(slot.stage) + first_row * BK);
+    b = operand(memory.b(slot.stage) + first_column * BK);
+  }
+
+  // acc += the products of a stage, or acc = for the FIRST of a tile. What can be done while the tensor cores work is
+  // done then, meanwhile() as well, so that little but promotions keeps them waiting.
+  template <bool FIRST, class Function>
+  __device__ __forceinline__ void step(float (&acc)[WAVES][SUMS], Function&& meanwhile) {
+    float part[SUMS];
+    Scales scale;
+    const int stage = slot.stage;
+    const u64 my_a = a, my_b = b;
+    if (!ready) barrier_wait(memory.full(stage), slot.phase);
+#pragma unroll
+    for (int w = 0; w < WAVES; ++w) {
+      start(part, my_a + w * (64 * BK >> 4), my_b);
+      if (w == 0) {
+        meanwhile();
+        load(scale, stage);
+        slot.advance();
+        aim();
+      }
+      if (w + 1 == WAVES) ready = barrier_test(memory.full(slot.stage), slot.phase);
+      wgmma_wait<0>();
+      pin(part);
+      if (w + 1 == WAVES) release(memory.empty(stage));
+      promote<FIRST>(acc[w], part, scale.of[w], boundary);
+    }
+  }
+
+  __device__ __forceinline__ void store(const Tile& tile, const float (&acc)[WAVES][SUMS]) const {
+    store_tile(problem, out, tile, acc, memory, warpgroup, first_row, tile.n0 + first_column);
+  }
+
+  __device__ __forceinline__ void run() {
+    Scheduler scheduler(problem);
+    Tile tile, done;
+    float acc[WAVES][SUMS];
+    bool more = scheduler.take(tile), pending = false;
+    aim();
+    while (more) {
+      const int n0 = tile.n0 + first_column;
+      boundary = 8 - n0 % 128 / 16;
+      first_scale = (n0 / 128 - tile.n0 / 128) * 4;
+      step<true>(acc, [&] {
+        if (pending) store(done, acc);
+        done = tile;
+        pending = true;
+        more = scheduler.take(tile);
+      });
+      for (int k = 1; k < problem.steps; ++k) step<false>(acc, [] {});
+    }
+    if (pending) store(done, acc);
+    if (threadIdx.x % 128 == 0) store_wait();
+  }
+};
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MATH_THREADS + 128, OCCUPANCY)
     fp8_gemm(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b,
@@ -273,7 +329,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MAT
     prefetch_map(&a_scale);
     prefetch_map(&out);
     for (int stage = 0; stage < STAGES; ++stage) {
-      barrier_init(memory.full(stage), 1);
+      barrier_init(memory.full(stage), 2);
       barrier_init(memory.empty(stage), WGS * 4 * CLUSTER);
     }
     barrier_init_fence();
@@ -286,10 +342,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(MAT
   if (warpgroup == WGS) {
     give_registers<FEED_REGISTERS>();
     if (threadIdx.x == MATH_THREADS) feed(problem, &a, &b, &a_scale, memory);
+    if (threadIdx.x / 32 == MATH_THREADS / 32 + 1) feed_b_scales(problem, memory);
     __syncwarp();
   } else {
     take_registers<MATH_REGISTERS>();
-    multiply(problem, &out, memory, warpgroup);
+    Multiplier(problem, &out, memory, warpgroup).run();
   }
   // A block must not leave while its neighbour still signals its barriers.
   if constexpr (CLUSTER == 2) cluster_sync();
