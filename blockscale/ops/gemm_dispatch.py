@@ -3,11 +3,11 @@
 On a GPU, what a tuning table says for it and the sizes (`tuning_table`: the user's, then the shipped one);
 else, by heuristics:
 - CPU: dequantize to float32 and multiply ("dequantized").
-- Hopper (SM90): CUDA C++, Gluon or Triton, as measured on an H100 (`benchmarks/results/gemm.jsonl`).
+- Hopper (SM90): CUDA C++, which measured fastest on an H100 (`benchmarks/results/`).
 - other GPUs with FP8 arithmetic (SM89, SM100 and later): Triton.
 - older GPUs (A100, V100): FP8 is a storage format; dequantize to BF16 and multiply, said once in the log.
-What cannot be loaded (no Triton, no CUDA bindings) is passed over for the next, said once. The choice depends
-on device and sizes alone: nothing is tuned at call time, that is what `blockscale tune` is for.
+What cannot be loaded (no CUDA bindings: Triton; no Triton: dequantized) is passed over for the next, said
+once. Nothing is tuned at call time; that is what `blockscale tune` is for.
 """
 
 from __future__ import annotations
@@ -23,20 +23,18 @@ import torch
 from blockscale.errors import BlockscaleError
 from blockscale.ops.tuning_table import Choice, find_choice
 
-GemmBackend = Literal["auto", "reference", "dequantized", "triton", "gluon", "cuda", "cublas"]
+GemmBackend = Literal["auto", "reference", "dequantized", "triton", "cuda", "cublas"]
 Op = Literal["fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked"]
 
 _MODULES = {
     "reference": "blockscale.reference.gemm",
     "dequantized": "blockscale.ops._dequantized_gemm",
     "triton": "blockscale.ops._triton.gemms",
-    "gluon": "blockscale.ops._gluon.gemm",
     "cuda": "blockscale.ops._cuda.fp8_gemm",
     "cublas": "blockscale.ops._cublas",
 }
 _NEEDS = {  # compute capability: from, below
     "triton": ((8, 9), (99, 0)),
-    "gluon": ((9, 0), (10, 0)),
     "cuda": ((9, 0), (10, 0)),
     "cublas": ((9, 0), (10, 0)),
 }
@@ -63,7 +61,7 @@ def implementation(
     if backend == "auto":
         choice = find_choice(op, device, sizes) if device.type == "cuda" else None
         tuned = chosen(op, choice) if choice is not None else None
-        return tuned or heuristic(op, device, sizes)[1]
+        return tuned or heuristic(op, device)[1]
     reason = _unfit(backend, device)
     found, error = (None, reason) if reason else _load(op, backend)
     if found is None:
@@ -79,11 +77,9 @@ def chosen(op: Op, choice: Choice) -> Callable[..., torch.Tensor] | None:
     return run if run is None or choice.tile is None else functools.partial(run, tile=choice.tile)
 
 
-def heuristic(
-    op: Op, device: torch.device, sizes: tuple[int, int, int]
-) -> tuple[GemmBackend, Callable[..., torch.Tensor]]:
-    """The backend that "auto" takes for sizes (M, N, K) that no tuning table knows, and its function."""
-    for name in _candidates(op, device, sizes):
+def heuristic(op: Op, device: torch.device) -> tuple[GemmBackend, Callable[..., torch.Tensor]]:
+    """The backend that "auto" takes where no tuning table says another, and its function."""
+    for name in _candidates(device):
         run, _ = _load(op, name)
         if run is not None:
             return name, run
@@ -95,34 +91,15 @@ def available(op: Op, device: torch.device, backends: Iterable[str]) -> tuple[st
     return tuple(name for name in backends if not _unfit(name, device) and _load(op, name)[0] is not None)
 
 
-def _candidates(op: Op, device: torch.device, sizes: tuple[int, int, int]) -> tuple[GemmBackend, ...]:
-    """Backends for a device and sizes, the best first."""
+def _candidates(device: torch.device) -> tuple[GemmBackend, ...]:
+    """Backends for a device, the best first."""
     if device.type != "cuda":
         return ("dequantized",)
     capability = _capability(device)
     if capability < (8, 9):
         _say_once(f"{torch.cuda.get_device_name(device)} has no FP8 arithmetic: weights are turned to BF16")
         return ("dequantized",)
-    return (*_HOPPER[op](sizes), "dequantized") if capability[0] == 9 else ("triton", "dequantized")
-
-
-def _hopper_dense(sizes: tuple[int, int, int]) -> tuple[GemmBackend, ...]:
-    return "cuda", "gluon", "triton"
-
-
-def _hopper_contiguous(sizes: tuple[int, int, int]) -> tuple[GemmBackend, ...]:
-    return "gluon", "cuda", "triton"
-
-
-def _hopper_masked(sizes: tuple[int, int, int]) -> tuple[GemmBackend, ...]:
-    return "cuda", "triton"
-
-
-_HOPPER: dict[Op, Callable[[tuple[int, int, int]], tuple[GemmBackend, ...]]] = {
-    "fp8_gemm_nt": _hopper_dense,
-    "m_grouped_fp8_gemm_nt_contiguous": _hopper_contiguous,
-    "m_grouped_fp8_gemm_nt_masked": _hopper_masked,
-}
+    return ("cuda", "triton", "dequantized") if capability[0] == 9 else ("triton", "dequantized")
 
 
 def _unfit(backend: str, device: torch.device) -> str | None:

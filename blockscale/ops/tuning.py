@@ -80,7 +80,7 @@ def candidates(case: Case, device: torch.device) -> tuple[Choice, ...]:
     """What could run a case on a GPU: the heuristics' choice first, then every other."""
     processors: int = torch.cuda.get_device_properties(device).multi_processor_count
     tiles = candidate_tiles(case, processors)
-    first, _ = gemm_dispatch.heuristic(case.op, device, case.sizes)
+    first, _ = gemm_dispatch.heuristic(case.op, device)
     found = [Choice(first, tiles[0] if first == "cuda" else None)]
     for backend in gemm_dispatch.available(case.op, device, BACKENDS):
         found += [Choice(backend, tile) for tile in tiles] if backend == "cuda" else [Choice(backend)]

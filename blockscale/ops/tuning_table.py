@@ -34,7 +34,7 @@ from blockscale.paths import replace_file, tuning_folder
 
 SHIPPED = Path(__file__).parent / "tables"
 OPERATORS = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked")
-BACKENDS = ("cuda", "gluon", "triton", "cublas")  # worth measuring
+BACKENDS = ("cuda", "triton", "cublas")  # worth measuring
 _FORMAT, _VERSION = "blockscale tuning table", 1
 _TILES: dict[str, type[AnyTile]] = {"Tile": Tile, "FewTile": FewTile}
 _MIN_STAGES = 2  # of shared memory: with one, a kernel could not load while it multiplies

@@ -71,7 +71,7 @@ def gpu(monkeypatch, tmp_path):
 
     def tune(cases, device, path, show):
         asked.append((cases, path))
-        best, builtin = Choice("cuda", FewTile(16, splits=2)), Choice("gluon")
+        best, builtin = Choice("cuda", FewTile(16, splits=2)), Choice("triton")
         found = tuple(Outcome(c, best, 10.0 / (1 + i % 2), builtin, 10.0, 7) for i, c in enumerate(cases))
         for outcome in found:
             show(outcome)

@@ -83,12 +83,12 @@ def test_nothing_to_tune_is_told():
 def test_candidates_are_the_heuristics_choice_then_all_that_is_there(monkeypatch):
     properties = types.SimpleNamespace(multi_processor_count=H100)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(gemm_dispatch, "heuristic", lambda op, device, sizes: ("gluon", print))
-    monkeypatch.setattr(gemm_dispatch, "available", lambda op, device, names: ("cuda", "gluon", "triton"))
+    monkeypatch.setattr(gemm_dispatch, "heuristic", lambda op, device: ("cublas", print))
+    monkeypatch.setattr(gemm_dispatch, "available", lambda op, device, names: ("cuda", "triton", "cublas"))
     found = tuning.candidates(CASE, CPU)
     tiles = candidate_tiles(CASE, H100)
-    assert found == (Choice("gluon"), *(Choice("cuda", tile) for tile in tiles), Choice("triton"))
-    monkeypatch.setattr(gemm_dispatch, "heuristic", lambda op, device, sizes: ("cuda", print))
+    assert found == (Choice("cublas"), *(Choice("cuda", tile) for tile in tiles), Choice("triton"))
+    monkeypatch.setattr(gemm_dispatch, "heuristic", lambda op, device: ("cuda", print))
     assert tuning.candidates(CASE, CPU)[0] == Choice("cuda", tiles[0])
 
 

@@ -25,7 +25,7 @@ def _entry(choice):
 TABLE = {
     Key(DENSE, 4096, 7168, 16): _entry(FEW),
     Key(DENSE, 4096, 7168, 4096): _entry(WIDE),
-    Key(CONTIGUOUS, 4096, 7168, 8192): _entry(Choice("gluon")),
+    Key(CONTIGUOUS, 4096, 7168, 8192): _entry(Choice("triton")),
     Key(MASKED, 4096, 7168, 16): _entry(Choice("cuda")),
     Key(MASKED, 4096, 7168, 32): _entry(Choice("dequantized")),  # what the heuristics may end in
 }
@@ -61,7 +61,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     measured = {"us": 8.25, "heuristic_us": 9.5}
     when = {"date": "2026-11-22", "versions": "blockscale 0.1.0, torch 2.11.0"}
     key = {"op": CONTIGUOUS, "n": 4096, "k": 7168, "m": 8192}
-    assert lines[2] == {**key, "backend": "gluon", **measured, **when}
+    assert lines[2] == {**key, "backend": "triton", **measured, **when}
     assert lines[0]["tile"] == {"form": "FewTile", **asdict(FEW.tile)}
 
 
@@ -98,7 +98,7 @@ DAMAGE = [
     ('"block_n": 192', '"block_n": 512', 3, "no kernel"),
     ('"share": "b"', '"share": "c"', 3, "senseless share 'c' of a tile"),
     (f'{DENSE}", "n": 4096, "k": 7168, "m": 40', f'{MASKED}", "n": 4096, "k": 7168, "m": 40', 3, "no kernel"),
-    ('"backend": "gluon"', '"backend": "fast"', 4, "no kernel"),
+    ('"backend": "triton"', '"backend": "fast"', 4, "no kernel"),
     ('"us": 8.25', '"us": "8"', 2, "senseless us '8'"),
 ]  # fmt: skip
 
@@ -129,7 +129,7 @@ def test_m_is_looked_up_in_the_smallest_bucket_that_holds_it(gpu):
     write_table(gpu[1], GPU, TABLE)
     assert [find_choice(DENSE, DEVICE, (m, 4096, 7168)) for m in (8, 9, 16, 17)] == [None, FEW, FEW, None]
     assert find_choice(DENSE, DEVICE, (2049, 4096, 7168)) == WIDE
-    assert find_choice(CONTIGUOUS, DEVICE, (8192, 4096, 7168)) == Choice("gluon")
+    assert find_choice(CONTIGUOUS, DEVICE, (8192, 4096, 7168)) == Choice("triton")
     assert find_choice(MASKED, DEVICE, (9, 4096, 7168)) == Choice("cuda")
     assert find_choice(DENSE, DEVICE, (16, 7168, 4096)) is None
 
@@ -160,5 +160,5 @@ def test_a_damaged_table_is_passed_over_and_said_once(gpu, caplog):
 
 
 def test_a_choice_prints_what_is_set():
-    assert str(Choice("gluon")) == "gluon"
+    assert str(Choice("triton")) == "triton"
     assert str(FEW) == "cuda FewTile(rows=16, splits=4)"

@@ -253,13 +253,12 @@ def cycles(tile: Tile, supers: int, steps: int, processors: int) -> float:
     """Estimated clock cycles of a problem: rounds of tiles, of 128 of K a step.
 
     A step takes its products and the promotions that nothing hides, as measured on an H100: less where a
-    warpgroup computes two waves, more where a tile meets changing rows of weight scales.
+    warpgroup computes two waves, more where a tile meets changing rows of weight scales. Stores are hidden.
     """
     products = tile.block_m * tile.block_n / 32
     exposed = 190 - 40 * (tile.waves - 1) + (70 if tile.unit_n % 64 else 0)
-    store = tile.block_m * tile.block_n / 32
     rounds = math.ceil(supers / (processors * tile.occupancy // tile.cluster))
-    return rounds * (steps * (products + exposed) * tile.occupancy + store)
+    return rounds * steps * (products + exposed) * tile.occupancy
 
 
 @functools.cache
