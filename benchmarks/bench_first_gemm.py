@@ -2,9 +2,9 @@
 
     python benchmarks/bench_first_gemm.py [--rounds 3]
 
-Each round is two new processes: one with empty caches of compiled kernels, one with the caches that the first
-left. Both import the package, quantize activations and a weight and multiply them, at 16 and at 4096 rows, and
-compare the products with the reference. Results: benchmarks/results/first_gemm.jsonl.
+Each round is two new processes: one with empty caches of compiled kernels, one with the caches that the
+first left. Both import the package, quantize activations and a weight and multiply them, at 16 and at 4096
+rows, and compare the products with the reference. Results: benchmarks/results/first_gemm.jsonl.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def measure(cache: str) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

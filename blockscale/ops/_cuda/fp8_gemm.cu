@@ -179,9 +179,9 @@ __device__ __forceinline__ void feed_b_scales(const Problem& problem, Memory mem
   }
 }
 
-// of[w][h][r]: of wave w, its upper and lower eight rows, times row r of the weight scales of this step.
+// What a thread needs of the scales of a stage: of its upper and lower row of each wave, and of the columns.
 struct Scales {
-  float of[WAVES][2][SCALE_ROWS];
+  float a[WAVES][2], b[SCALE_ROWS];
 };
 
 // Starts part = a * b over one step of K.
@@ -194,11 +194,17 @@ __device__ __forceinline__ void start(float (&part)[SUMS], u64 a, u64 b) {
   wgmma_commit();
 }
 
-// acc += part * scale, or the product alone for the FIRST step. scale[h][r]: of the upper and lower eight rows, for
-// the rows r of weight scales; 16 columns number j belong to the first row if j < boundary.
+// acc += part * a * b, or the product alone for the FIRST step; a: scales of the upper and lower eight rows. 16
+// columns number j have the first scale of b if j < boundary.
 template <bool FIRST>
-__device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&part)[SUMS],
-                                        const float (&scale)[2][SCALE_ROWS], int boundary) {
+__device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&part)[SUMS], const float (&a)[2],
+                                        const float (&b)[SCALE_ROWS], int boundary) {
+  float scale[2][SCALE_ROWS];
+#pragma unroll
+  for (int r = 0; r < SCALE_ROWS; ++r) {
+    scale[0][r] = a[0] * b[r];
+    scale[1][r] = a[1] * b[r];
+  }
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) {
     const int j = i / 8, r = j / 8, half = i / 2 % 2;
@@ -243,18 +249,15 @@ struct Multiplier {
         first_column(SIDE ? warpgroup * UNIT_N : 0),
         my_row((first_row + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) * 4) {}
 
-  __device__ __forceinline__ void load(Scales& scale, int stage) const {
-    const u32 a_scales = memory.scale(stage) + my_row, b_scales = memory.b_scale(stage) + first_scale;
+  __device__ __forceinline__ void load(Scales& scales, int stage) const {
+    const u32 from_a = memory.scale(stage) + my_row, from_b = memory.b_scale(stage) + first_scale;
 #pragma unroll
     for (int w = 0; w < WAVES; ++w) {
-      const float upper = load_shared(a_scales + w * 64 * 4), lower = load_shared(a_scales + (w * 64 + 8) * 4);
-#pragma unroll
-      for (int r = 0; r < SCALE_ROWS; ++r) {
-        const float b = load_shared(b_scales + r * 4);
-        scale.of[w][0][r] = upper * b;
-        scale.of[w][1][r] = lower * b;
-      }
+      scales.a[w][0] = load_shared(from_a + w * 64 * 4);
+      scales.a[w][1] = load_shared(from_a + (w * 64 + 8) * 4);
     }
+#pragma unroll
+    for (int r = 0; r < SCALE_ROWS; ++r) scales.b[r] = load_shared(from_b + r * 4);
   }
 
   // The stage that is multiplied next.
@@ -268,7 +271,7 @@ struct Multiplier {
   template <bool FIRST, class Function>
   __device__ __forceinline__ void step(float (&acc)[WAVES][SUMS], Function&& meanwhile) {
     float part[SUMS];
-    Scales scale;
+    Scales scales;
     const int stage = slot.stage;
     const u64 my_a = a, my_b = b;
     if (!ready) barrier_wait(memory.full(stage), slot.phase);
@@ -276,8 +279,9 @@ struct Multiplier {
     for (int w = 0; w < WAVES; ++w) {
       start(part, my_a + w * (64 * BK >> 4), my_b);
       if (w == 0) {
+        __syncwarp();  // to the compiler, the end of what it may mix with starting the products
         meanwhile();
-        load(scale, stage);
+        load(scales, stage);
         slot.advance();
         aim();
       }
@@ -285,7 +289,7 @@ struct Multiplier {
       wgmma_wait<0>();
       pin(part);
       if (w + 1 == WAVES) release(memory.empty(stage));
-      promote<FIRST>(acc[w], part, scale.of[w], boundary);
+      promote<FIRST>(acc[w], part, scales.a[w], scales.b, boundary);
     }
   }
 
