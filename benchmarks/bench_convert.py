@@ -199,7 +199,7 @@ def _check(source: Path, target: Path, device: str) -> None:
 def _compete(
     source: Path, target: Path, workers: int, arguments: argparse.Namespace
 ) -> dict[str, list[Outcome]]:
-    ours = [sys.executable, "-m", "blockscale.cli.main", "quantize", str(source), str(target), "--json"]
+    ours = [sys.executable, "-m", "blockscale", "quantize", str(source), str(target), "--json"]
     commands = {
         "cp + sync": ["cp", "-r", str(source), str(target)],
         "blockscale": [*ours, "--device", "cpu"],

@@ -139,7 +139,7 @@ def test_names_with_escapes_and_markup_are_printed_plainly(tmp_path, blockscale)
 def _subprocess(*arguments, script=None):
     command = [
         sys.executable,
-        *(("-c", script) if script else ("-m", "blockscale.cli.main")),
+        *(("-c", script) if script else ("-m", "blockscale")),
         *map(str, arguments),
     ]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
@@ -212,7 +212,7 @@ def test_ctrl_c_while_looking_is_told_the_same(source):
 
 
 def test_a_reader_that_goes_away_is_no_traceback(source):
-    command = [sys.executable, "-m", "blockscale.cli.main", "inspect", str(source)]
+    command = [sys.executable, "-m", "blockscale", "inspect", str(source)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         err = process.stderr.read()
