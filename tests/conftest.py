@@ -5,6 +5,7 @@ Without a GPU, Triton kernels run in Triton's interpreter, which has to be chose
 
 import hashlib
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,10 @@ _KEY = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_OPS.glob("_
 os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"blockscale-numba-{os.getuid()}-{_KEY}")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and every process they start as well.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("blockscale", deadline=None, derandomize=True)
 settings.load_profile("blockscale")
