@@ -38,7 +38,8 @@ def test_imports_point_one_way():
         ("formats", "blockscale.checkpoint"),
         ("reference/fp8", "blockscale.ops"),
         ("checkpoint/__init__", "blockscale.cli.main"),
-        ("checkpoint/__init__", "blockscale.evaluate.perplexity"),
+        ("checkpoint/__init__", "blockscale.model.config"),
+        ("model/__init__", "blockscale.evaluate.perplexity"),
         ("cli/main", "blockscale.testing"),
     ],
 )

@@ -1,0 +1,158 @@
+"""`blockscale generate --ckpt-path DIR`: text from a DeepSeek-V2/V3 checkpoint, quantized or not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from blockscale.cli import console, options
+from blockscale.errors import BlockscaleError
+
+if TYPE_CHECKING:
+    from blockscale.model.generate import Sampling
+    from blockscale.model.text import Message, Tokenizer
+    from blockscale.model.transformer import Transformer
+
+_BATCH = 32  # prompts of a file that run at once
+
+
+class ComputeChoice(str, Enum):
+    """How FP8 weights are multiplied."""
+
+    auto = "auto"
+    fp8 = "fp8"
+    bf16 = "bf16"
+
+
+_COMPUTE: dict[ComputeChoice, Literal["fp8", "high"] | None] = {
+    ComputeChoice.auto: None,
+    ComputeChoice.fp8: "fp8",
+    ComputeChoice.bf16: "high",
+}
+
+
+def command(
+    ckpt_path: Annotated[str, typer.Option(help="Checkpoint folder or Hub repo id.")],
+    config: Annotated[
+        Path | None, typer.Option(help="Hugging Face or DeepSeek config, instead of the folder's.")
+    ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Chat: /clear forgets, /exit ends.")
+    ] = False,
+    input_file: Annotated[Path | None, typer.Option(help="A prompt a line, all answered.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.2,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer (repeatable).")] = None,
+    compute: Annotated[
+        ComputeChoice, typer.Option(help="bf16 multiplies FP8 weights with unquantized activations.")
+    ] = ComputeChoice.auto,
+    revision: options.Revision = None,
+) -> None:
+    """Generate text: a chat, or an answer to every line of a file."""
+    if interactive == (input_file is not None):
+        raise BlockscaleError("give --interactive or --input-file, one of them", where="blockscale generate")
+    prompts = _read_prompts(input_file) if input_file is not None else []
+
+    from blockscale.model.config import load_config
+    from blockscale.model.generate import Sampling
+    from blockscale.model.load import load_model
+    from blockscale.model.text import Tokenizer
+
+    sampling = Sampling(temperature, top_p, seed)
+    tokenizer = Tokenizer(ckpt_path)
+    begin = time.perf_counter()
+    given = load_config(config) if config is not None else None
+    model = load_model(ckpt_path, config=given, compute=_COMPUTE[compute], revision=revision)
+    console.err.print(f"loaded in {console.seconds(time.perf_counter() - begin)} on {model.device}")
+    assistant = _Assistant(model, tokenizer, sampling, max_new_tokens, tuple(stop or ()))
+    if interactive:
+        _chat(assistant)
+        return
+    for first in range(0, len(prompts), _BATCH):
+        some = prompts[first : first + _BATCH]
+        texts = assistant.answer([[{"role": "user", "content": prompt}] for prompt in some])
+        for prompt, text in zip(some, texts, strict=True):
+            print(f"Prompt: {prompt}\nCompletion: {text}\n")
+
+
+@dataclass(frozen=True)
+class _Assistant:
+    """A model that continues conversations."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    sampling: Sampling
+    max_new_tokens: int
+    stop: tuple[str, ...]
+
+    def answer(
+        self, conversations: list[list[Message]], show: Callable[[str], None] = lambda text: None
+    ) -> list[str]:
+        """The next message of each; `show` gets text as it grows; the speed goes to standard error."""
+        from blockscale.model.generate import generate
+        from blockscale.model.text import Growing
+
+        growing = [Growing(self.tokenizer, self.stop) for _ in conversations]
+        texts, start = [""] * len(conversations), time.perf_counter()
+
+        def add(number: int, text: str) -> None:
+            texts[number] += text
+            show(text)
+
+        def on_token(number: int, token: int) -> bool:
+            add(number, growing[number].push(token))
+            return growing[number].stopped
+
+        ids = [self.tokenizer.chat(messages) for messages in conversations]
+        tokens = generate(
+            self.model, ids, max_new_tokens=self.max_new_tokens, sampling=self.sampling, on_token=on_token
+        )
+        for number, each in enumerate(growing):
+            add(number, each.rest())
+        show("\n")
+        read, written = (sum(map(len, each)) for each in (ids, tokens))
+        rate = written / (time.perf_counter() - start)
+        console.err.print(f"{read} tokens read, {written} written, {rate:.1f} tokens/s")
+        return texts
+
+
+def _chat(assistant: _Assistant) -> None:
+    messages: list[Message] = []
+    for line in _lines():
+        if line == "/exit":
+            return
+        if line == "/clear":
+            messages.clear()
+        elif line:
+            messages.append({"role": "user", "content": line})
+            (text,) = assistant.answer([messages], lambda piece: print(piece, end="", flush=True))
+            messages.append({"role": "assistant", "content": text})
+
+
+def _lines() -> Iterator[str]:
+    """What the user writes, line by line, until the end of input."""
+    while True:
+        try:
+            yield input(">>> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BlockscaleError("cannot be read", where=path, got=error) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise BlockscaleError("no prompt", where=path, expected="one a line")
+    return prompts

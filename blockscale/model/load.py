@@ -1,0 +1,98 @@
+"""From a checkpoint folder to a model that runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from blockscale.checkpoint.model_config import CONFIG_NAME, parse_config
+from blockscale.checkpoint.source import Source, open_source
+from blockscale.errors import BlockscaleError
+from blockscale.formats import BlockFP8
+from blockscale.model.architecture import ModelConfig
+from blockscale.model.config import from_huggingface
+from blockscale.model.linear import Compute
+from blockscale.model.transformer import Transformer
+from blockscale.model.weights import Weights
+
+_FP8_ARITHMETIC = (8, 9)  # compute capability from which a GPU has it
+_logger = logging.getLogger(__name__)
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    config: ModelConfig | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    compute: Compute | None = None,
+    keep_unscaled: bool = False,
+    revision: str | None = None,
+) -> Transformer:
+    """Read a Hugging Face checkpoint of the DeepSeek-V2/V3 architecture, quantized or not.
+
+    Args:
+        path: local folder, Hub repository id or fsspec URL.
+        config: instead of the folder's config.json.
+        device: default the GPU if there is one.
+        dtype: of activations and of weights that are not FP8; bfloat16 or float32.
+        compute: "fp8" multiplies FP8 weights with quantized activations, "high" with activations as they
+            are. Default "fp8" on GPUs that have FP8 arithmetic, else "high", said in the log.
+        keep_unscaled: use FP8 weights without scales as they are, with a warning, instead of refusing them.
+        revision: of a Hub repository.
+
+    Raises:
+        BlockscaleError: a config or checkpoint that is damaged, or not of this architecture.
+    """
+    source = open_source(path, revision)
+    own = _own_config(source)
+    if config is None and own is None:
+        raise BlockscaleError("no config", where=source.spec, expected=CONFIG_NAME, remedy="give one")
+    if config is not None and own is not None:
+        _check_agreement(config, own, source.spec)
+    config = config or own
+    assert config is not None
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    fmt = BlockFP8(config.weight_block_size or (128, 128), config.scale_fmt or "float32")
+    weights = Weights.open(
+        source,
+        device=place,
+        dtype=dtype,
+        fmt=fmt,
+        compute=compute or _compute_for(place),
+        keep_unscaled=keep_unscaled,
+    )
+    model = Transformer(config, weights)
+    _logger.info("%s", weights.summary())
+    return model
+
+
+def _own_config(source: Source) -> ModelConfig | None:
+    if not source.exists(CONFIG_NAME):
+        return None
+    where = source.path(CONFIG_NAME)
+    return from_huggingface(parse_config(source.read(CONFIG_NAME), where), where=where)
+
+
+def _check_agreement(given: ModelConfig, own: ModelConfig, where: str) -> None:
+    """Refuse a config that names other quantization parameters than the checkpoint's own."""
+    for name in ("scale_fmt", "weight_block_size"):
+        ours, theirs = getattr(given, name), getattr(own, name)
+        if own.dtype == "fp8" and ours != theirs:
+            raise BlockscaleError(
+                f"{name} of the given config is not that of the checkpoint",
+                where=where,
+                expected=f"{theirs}, as its {CONFIG_NAME} says",
+                got=ours,
+                remedy=f"correct the given config, or leave it out to use {CONFIG_NAME}",
+            )
+
+
+def _compute_for(device: torch.device) -> Compute:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_ARITHMETIC:
+        return "fp8"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    _logger.warning("%s has no FP8 arithmetic: FP8 weights are stored, products run in high precision", name)
+    return "high"

@@ -1,0 +1,70 @@
+"""`blockscale generate` on a trained model, as it is and quantized; what it refuses."""
+
+import io
+import sys
+
+import pytest
+
+from tests import data
+
+pytestmark = pytest.mark.skipif(not data.TINY_DEEPSEEK.is_dir(), reason=f"no {data.TINY_DEEPSEEK.name} here")
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    from blockscale.checkpoint.convert import quantize_checkpoint
+
+    folder = tmp_path_factory.mktemp("fp8") / "model"
+    quantize_checkpoint(data.TINY_DEEPSEEK, folder)
+    return folder
+
+
+def test_every_line_of_a_file_is_answered(fp8, tmp_path, blockscale):
+    (tmp_path / "prompts").write_text("Who are you?\n\nTell me of the sea.\n")
+    options = ("--input-file", tmp_path / "prompts", "--max-new-tokens", 8, "--temperature", 0)
+    for folder in (data.TINY_DEEPSEEK, fp8):
+        code, out, err = blockscale("generate", "--ckpt-path", folder, *options)
+        assert code == 0
+        answers = out.split("\n\n")
+        assert [each.splitlines()[0] for each in answers[:2]] == [
+            "Prompt: Who are you?",
+            "Prompt: Tell me of the sea.",
+        ]
+        assert all("\nCompletion: " in each for each in answers[:2])
+        assert "16 written" in err
+
+
+def test_a_chat_goes_on_until_exit(blockscale, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n/clear\nWho are you?\n\n/exit\nnot read\n"))
+    chat = ("--interactive", "--max-new-tokens", 6, "--temperature", 0)
+    code, out, err = blockscale("generate", "--ckpt-path", data.TINY_DEEPSEEK, *chat)
+    assert code == 0
+    half = len(out) // 2
+    assert out[:half] == out[half:], "nothing is left of what was cleared"
+    assert err.count("6 written") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give --interactive or --input-file, one of them"),
+        (("--interactive", "--temperature", -1), "--temperature"),
+        (("--interactive", "--top-p", 0), "bad top_p (expected above 0, up to 1, got 0.0)"),
+        (
+            ("--interactive", "--config", "inference/configs/config_v3.1.json"),
+            "shape is not that of the config",
+        ),
+        (("--input-file", "no such file"), "no such file: cannot be read"),
+    ],
+)
+def test_what_is_refused(arguments, message, blockscale):
+    code, out, err = blockscale("generate", "--ckpt-path", data.TINY_DEEPSEEK, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, blockscale):
+    code, out, err = blockscale("generate", "--ckpt-path", tmp_path, "--interactive")
+    assert (code, out) == (2, "")
+    assert f"{tmp_path}: no tokenizer (expected tokenizer.json" in err
