@@ -160,11 +160,13 @@ class Weights:
         return both[0], both[1]
 
     def summary(self) -> str:
-        """What was found, in a line: FP8 or not, scale format, block size, layers of each format."""
+        """What was found, in a line: layers of each format, blocks and scales, and what nobody asked for."""
         counts = ", ".join(f"{count} in {name}" for name, count in sorted(self.store.formats.items()))
         block = "x".join(map(str, self.fmt.block_size))
         scaled = f"; FP8 blocks of {block}, {self.fmt.scale_fmt} scales" if "float8_e4m3fn" in counts else ""
-        return f"linear layers: {counts}{scaled}"
+        unused = [name for name in self.store.index.tensors if name not in self.store.read]
+        left = f"; {len(unused)} tensors not used, the first {unused[0]}" if unused else ""
+        return f"linear layers: {counts}{scaled}{left}"
 
     def _scale(self, name: str, weight: torch.Tensor) -> torch.Tensor | None:
         stored = scale_name(name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from blockscale import ops
 from blockscale.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.errors import BlockscaleError, CorruptCheckpointError, MissingScaleError
@@ -75,6 +76,28 @@ def test_quantized_activations_move_results_a_little(fp8, source):
     assert not torch.equal(high, low)
 
 
+def test_every_quantization_of_activations_uses_the_scale_format(fp8, monkeypatch):
+    seen = {}
+
+    def spy(name):
+        real = getattr(ops, name)
+
+        def run(x, group_size, scale_fmt, *rest, **options):
+            codes, scale = real(x, group_size, scale_fmt, *rest, **options)
+            known = scale[scale.isfinite()]  # rows that pad an expert's segment hold anything
+            powers = torch.equal(known, torch.exp2(known.log2().round()))
+            seen.setdefault(name, []).append(powers)
+            return codes, scale
+
+        monkeypatch.setattr(ops, name, run)
+
+    for name in ("quantize_activation", "silu_mul_quantize"):
+        spy(name)
+    logits(load(fp8))
+    assert seen.keys() == {"quantize_activation", "silu_mul_quantize"}
+    assert {powers for each in seen.values() for powers in each} == {fp8.name == "ue8m0"}
+
+
 def test_the_log_says_what_was_found(fp8, caplog):
     with caplog.at_level(logging.INFO):
         load(fp8)
@@ -123,6 +146,13 @@ def test_a_missing_scale_is_refused_or_kept_on_request(fp8, tmp_path, caplog):
         load(folder)
     load(folder, keep_unscaled=True)
     assert sum(f"{O_PROJ} is FP8 without a scale" in record.message for record in caplog.records) == 1
+
+
+def test_tensors_that_nobody_asks_for_are_told(fp8, tmp_path, caplog):
+    folder = _edit(fp8, tmp_path / "x", lambda tensors, config: tensors.update(extra=torch.zeros(2)))
+    with caplog.at_level(logging.INFO):
+        load(folder)
+    assert caplog.records[-1].message.endswith("; 1 tensors not used, the first extra")
 
 
 def test_a_scale_of_other_blocks_is_refused(fp8, tmp_path):
