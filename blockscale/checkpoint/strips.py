@@ -127,6 +127,7 @@ def read_into(reader: Reader, buffer: torch.Tensor, offset: int) -> None:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a CPU tensor, without a copy if it is contiguous."""
+    # Before Python 3.12 no type says that an array has a buffer.
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 

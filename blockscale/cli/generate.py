@@ -55,6 +55,8 @@ def command(
     compute: Annotated[
         ComputeChoice, typer.Option(help="bf16 multiplies FP8 weights with unquantized activations.")
     ] = ComputeChoice.auto,
+    on_missing_scale: options.OnMissingScale = options.KeepChoice.error,
+    device: options.Device = options.DeviceChoice.auto,
     revision: options.Revision = None,
 ) -> None:
     """Generate text: a chat, or an answer to every line of a file."""
@@ -68,10 +70,17 @@ def command(
     from blockscale.model.text import Tokenizer
 
     sampling = Sampling(temperature, top_p, seed)
-    tokenizer = Tokenizer(ckpt_path)
+    tokenizer = Tokenizer(ckpt_path, revision)
     begin = time.perf_counter()
     given = load_config(config) if config is not None else None
-    model = load_model(ckpt_path, config=given, compute=_COMPUTE[compute], revision=revision)
+    model = load_model(
+        ckpt_path,
+        config=given,
+        device=device.value,
+        compute=_COMPUTE[compute],
+        on_missing_scale=on_missing_scale.value,
+        revision=revision,
+    )
     console.err.print(f"loaded in {console.seconds(time.perf_counter() - begin)} on {model.device}")
     assistant = _Assistant(model, tokenizer, sampling, max_new_tokens, tuple(stop or ()))
     if interactive:
@@ -113,8 +122,14 @@ class _Assistant:
             return growing[number].stopped
 
         ids = [self.tokenizer.chat(messages) for messages in conversations]
+        end = self.tokenizer.end  # DeepSeek's own config files name none
         tokens = generate(
-            self.model, ids, max_new_tokens=self.max_new_tokens, sampling=self.sampling, on_token=on_token
+            self.model,
+            ids,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            stop=self.model.config.eos_token_id or (() if end is None else (end,)),
+            on_token=on_token,
         )
         for number, each in enumerate(growing):
             add(number, each.rest())

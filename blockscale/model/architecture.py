@@ -28,9 +28,7 @@ Count = Annotated[int, pydantic.Field(ge=0)]
 _CountOrNull = Annotated[Count, pydantic.BeforeValidator(lambda value: 0 if value is None else value)]
 _Rank = Annotated[Size | None, pydantic.BeforeValidator(lambda value: None if value == 0 else value)]
 _TokenIds = Annotated[tuple[Count, ...], pydantic.BeforeValidator(_token_ids)]
-_ScaleFmt = Annotated[
-    ScaleFmt | None, pydantic.BeforeValidator(lambda value: None if value is None else parse_scale_fmt(value))
-]
+_ScaleFmt = Annotated[ScaleFmt, pydantic.BeforeValidator(parse_scale_fmt)]
 _BlockSize = Annotated[tuple[int, int], pydantic.BeforeValidator(parse_block_size)]
 _MISFIT = "misfit"
 _STRICT = pydantic.ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -72,7 +70,7 @@ class ModelConfig(pydantic.BaseModel):
         num_nextn_predict_layers: multi-token prediction layers past the last decoder layer.
         attention_bias: `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have a bias.
         dtype: whether the linear layers are declared to be stored in FP8.
-        scale_fmt: declared format of the FP8 scales, None where the config does not say.
+        scale_fmt: declared format of the FP8 scales.
         weight_block_size: declared (block_n, block_k), None where nothing is quantized.
 
     Raises:
@@ -115,7 +113,7 @@ class ModelConfig(pydantic.BaseModel):
     bos_token_id: Count | None = None
     eos_token_id: _TokenIds = ()
     dtype: Literal["bf16", "fp8"] = "bf16"
-    scale_fmt: _ScaleFmt = None
+    scale_fmt: _ScaleFmt = "float32"
     weight_block_size: _BlockSize | None = None
 
     @property

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from blockscale.model.architecture import ModelConfig
 from blockscale.model.rotary import Rotary
 from blockscale.model.weights import Weights
+from blockscale.reference.fused import rms_norm
 
 _LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
 
@@ -51,25 +52,14 @@ class KVCache:
         self, config: ModelConfig, rows: int, positions: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         width = config.kv_lora_rank + config.qk_rope_head_dim
-        layers = config.num_hidden_layers + config.num_nextn_predict_layers
-        self.tokens = torch.zeros(layers, rows, positions, width, dtype=dtype, device=device)
-
-    @property
-    def rows(self) -> int:
-        """Sequences that fit."""
-        return self.tokens.shape[1]
+        self.tokens = torch.zeros(
+            config.num_hidden_layers, rows, positions, width, dtype=dtype, device=device
+        )
 
     @property
     def positions(self) -> int:
         """Tokens of a sequence that fit."""
         return self.tokens.shape[2]
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) in float32, rounded to the dtype of x, times weight."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
 
 
 class MLA:

@@ -65,24 +65,42 @@ _FIXED: dict[str, object] = {"hidden_act": "silu", "mlp_bias": False, "use_mla":
 _FIXED_ROPE: dict[str, object] = {"partial_rotary_factor": 1.0, "truncate": True}
 # Read apart from the others, or without a meaning for inference.
 _OTHER = frozenset(
-    {
-        *("model_type", "rope_theta", "rope_scaling", "rope_parameters", *QUANTIZATION_KEYS),
-        *("architectures", "auto_map", "blockscale", "_name_or_path", "problem_type", "transformers_version"),
-        *("attention_dropout", "aux_loss_alpha", "initializer_range", "pretraining_tp", "seq_aux"),
-        *("chunk_size_feed_forward", "is_decoder", "is_encoder_decoder", "return_dict", "use_cache"),
-        *(
-            "dtype",
-            "ep_size",
-            "head_dim",
-            "num_key_value_heads",
-            "pad_token_id",
-            "qk_head_dim",
-            "torch_dtype",
-        ),
-        *("id2label", "label2id", "output_attentions", "output_hidden_states", "output_router_logits"),
+    [
+        "model_type",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "architectures",
+        "auto_map",
+        "blockscale",
+        "_name_or_path",
+        "problem_type",
+        "transformers_version",
+        "attention_dropout",
+        "aux_loss_alpha",
+        "initializer_range",
+        "pretraining_tp",
+        "seq_aux",
+        "chunk_size_feed_forward",
+        "is_decoder",
+        "is_encoder_decoder",
+        "return_dict",
+        "use_cache",
+        "dtype",
+        "torch_dtype",
+        "ep_size",
+        "head_dim",
+        "num_key_value_heads",
+        "qk_head_dim",
+        "pad_token_id",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
         "router_aux_loss_coef",
-    }
-)
+    ]
+).union(QUANTIZATION_KEYS)
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -216,10 +234,5 @@ def _quantization(values: Mapping[str, Any]) -> dict[str, Any]:
     quantization = parse_quantization_config(dict(values))
     if quantization is None:
         return {}
-    entry = next(values[key] for key in QUANTIZATION_KEYS if values.get(key))
-    says = entry.get("scale_fmt") is not None
-    return {
-        "dtype": "fp8",
-        "scale_fmt": quantization.fmt.scale_fmt if says else None,
-        "weight_block_size": quantization.fmt.block_size,
-    }
+    fmt = quantization.fmt
+    return {"dtype": "fp8", "scale_fmt": fmt.scale_fmt, "weight_block_size": fmt.block_size}

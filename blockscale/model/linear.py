@@ -4,7 +4,8 @@
 
 FP8 weights are multiplied with activations quantized on the way, 1 x 128 groups in the checkpoint's scale
 format. With `compute="high"` they are dequantized instead and activations stay as they are: what GPUs without
-FP8 arithmetic do anyway (`ops.gemm_dispatch`), and what shows how much the activations' quantization costs.
+FP8 arithmetic need, and what shows how much the activations' quantization costs. Weights in blocks other than
+128 x 128, which no FP8 GEMM takes, are dequantized always.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import Literal
 
 import torch
 
+from blockscale.checkpoint.lanes import usable_device
 from blockscale.checkpoint.model_config import CONFIG_NAME, parse_config
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import BlockscaleError
@@ -15,9 +17,9 @@ from blockscale.model.architecture import ModelConfig
 from blockscale.model.config import from_huggingface
 from blockscale.model.linear import Compute
 from blockscale.model.transformer import Transformer
-from blockscale.model.weights import Weights
+from blockscale.model.weights import Store, Weights
+from blockscale.ops.gemm_dispatch import has_fp8
 
-_FP8_ARITHMETIC = (8, 9)  # compute capability from which a GPU has it
 _logger = logging.getLogger(__name__)
 
 
@@ -25,10 +27,10 @@ def load_model(
     path: str | os.PathLike[str],
     *,
     config: ModelConfig | None = None,
-    device: torch.device | str | None = None,
+    device: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     compute: Compute | None = None,
-    keep_unscaled: bool = False,
+    on_missing_scale: Literal["error", "keep"] = "error",
     revision: str | None = None,
 ) -> Transformer:
     """Read a Hugging Face checkpoint of the DeepSeek-V2/V3 architecture, quantized or not.
@@ -36,11 +38,11 @@ def load_model(
     Args:
         path: local folder, Hub repository id or fsspec URL.
         config: instead of the folder's config.json.
-        device: default the GPU if there is one.
+        device: "cpu", "cuda" for the current GPU, or "auto" for a GPU that is there.
         dtype: of activations and of weights that are not FP8; bfloat16 or float32.
         compute: "fp8" multiplies FP8 weights with quantized activations, "high" with activations as they
             are. Default "fp8" on GPUs that have FP8 arithmetic, else "high", said in the log.
-        keep_unscaled: use FP8 weights without scales as they are, with a warning, instead of refusing them.
+        on_missing_scale: refuse an FP8 weight without a scale, or use its values as they are and say so.
         revision: of a Hub repository.
 
     Raises:
@@ -49,23 +51,27 @@ def load_model(
     source = open_source(path, revision)
     own = _own_config(source)
     if config is None and own is None:
-        raise BlockscaleError("no config", where=source.spec, expected=CONFIG_NAME, remedy="give one")
+        raise BlockscaleError(
+            "no config", where=source.spec, expected=CONFIG_NAME, remedy="name a config file"
+        )
     if config is not None and own is not None:
         _check_agreement(config, own, source.spec)
     config = config or own
     assert config is not None
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    fmt = BlockFP8(config.weight_block_size or (128, 128), config.scale_fmt or "float32")
-    weights = Weights.open(
-        source,
+    place = torch.device(usable_device(device))
+    weights = Weights(
+        Store(source),
         device=place,
         dtype=dtype,
-        fmt=fmt,
-        compute=compute or _compute_for(place),
-        keep_unscaled=keep_unscaled,
+        fmt=BlockFP8(config.weight_block_size or (128, 128), config.scale_fmt),
+        compute=compute or ("fp8" if has_fp8(place) else "high"),
+        on_missing_scale=on_missing_scale,
     )
     model = Transformer(config, weights)
     _logger.info("%s", weights.summary())
+    if compute is None and weights.has_fp8 and not has_fp8(place):
+        name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
+        _logger.warning("%s has no FP8 arithmetic: products run on dequantized weights", name)
     return model
 
 
@@ -78,9 +84,11 @@ def _own_config(source: Source) -> ModelConfig | None:
 
 def _check_agreement(given: ModelConfig, own: ModelConfig, where: str) -> None:
     """Refuse a config that names other quantization parameters than the checkpoint's own."""
+    if own.dtype != "fp8":
+        return
     for name in ("scale_fmt", "weight_block_size"):
         ours, theirs = getattr(given, name), getattr(own, name)
-        if own.dtype == "fp8" and ours != theirs:
+        if ours != theirs:
             raise BlockscaleError(
                 f"{name} of the given config is not that of the checkpoint",
                 where=where,
@@ -88,11 +96,3 @@ def _check_agreement(given: ModelConfig, own: ModelConfig, where: str) -> None:
                 got=ours,
                 remedy=f"correct the given config, or leave it out to use {CONFIG_NAME}",
             )
-
-
-def _compute_for(device: torch.device) -> Compute:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_ARITHMETIC:
-        return "fp8"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    _logger.warning("%s has no FP8 arithmetic: FP8 weights are stored, products run in high precision", name)
-    return "high"

@@ -11,6 +11,7 @@ from blockscale import ops
 from blockscale.model.architecture import ModelConfig
 from blockscale.model.linear import GROUP, Linear
 from blockscale.model.weights import Weights
+from blockscale.reference.fused import silu_mul
 
 
 class MLP:
@@ -23,8 +24,7 @@ class MLP:
         """(T, hidden) -> (T, hidden)."""
         hidden = self._gate_up(x)
         if not self._down.is_fp8:
-            gate, up = hidden.chunk(2, -1)
-            return self._down(F.silu(gate) * up)
+            return self._down(silu_mul(hidden))
         scale_fmt = self._down.fmt.scale_fmt
         return self._down.multiply(*ops.silu_mul_quantize(hidden, GROUP, scale_fmt, "column"), x.dtype)
 
@@ -90,8 +90,8 @@ class MoE:
             rows = _grouped(codes, scale, down, moved.m_indices, x.dtype)
         else:
             moved = ops.moe_permute(x, experts, self._experts, alignment=1)
-            gate, up = _by_expert(moved.rows, gate_up, moved.m_indices).chunk(2, -1)
-            rows = _by_expert(F.silu(gate) * up, down, moved.m_indices)
+            hidden = _by_expert(moved.rows, gate_up, moved.m_indices)
+            rows = _by_expert(silu_mul(hidden), down, moved.m_indices)
         return ops.moe_unpermute(rows, moved.positions, weights)
 
 

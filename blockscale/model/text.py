@@ -14,7 +14,7 @@ Message = dict[str, str]  # "role" and "content"
 class Tokenizer:
     """The tokenizer of a checkpoint folder."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], revision: str | None = None) -> None:
         """Read it.
 
         Raises:
@@ -26,10 +26,16 @@ class Tokenizer:
             remedy = "pip install 'blockscale[generate]'"
             raise BlockscaleError("tokenizers need the package transformers", remedy=remedy) from error
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, revision=revision)
         except (OSError, ValueError) as error:
             expected = "tokenizer.json and tokenizer_config.json"
             raise BlockscaleError("no tokenizer", where=folder, expected=expected, got=error) from error
+
+    @property
+    def end(self) -> int | None:
+        """The token that ends a text, if there is one."""
+        token: int | None = self._tokenizer.eos_token_id
+        return token
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with what the tokenizer puts before it."""

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from blockscale.model.architecture import ModelConfig
-from blockscale.model.attention import MLA, Batch, KVCache, rms_norm
+from blockscale.model.attention import MLA, Batch, KVCache
 from blockscale.model.moe import MLP, MoE
 from blockscale.model.rotary import Rotary
 from blockscale.model.weights import Weights
+from blockscale.reference.fused import rms_norm
 
 
 class Layer:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blockscale.checkpoint.index import CheckpointIndex, TensorEntry, read_index
+from blockscale.checkpoint.index import TensorEntry, read_index
 from blockscale.checkpoint.source import Source
 from blockscale.checkpoint.strips import dtype_of
 from blockscale.errors import BlockscaleError, CorruptCheckpointError, MissingScaleError
@@ -26,25 +27,29 @@ FP8 = torch.float8_e4m3fn
 _logger = logging.getLogger(__name__)
 
 
-@dataclass
-class _Store:
+class Store:
     """A checkpoint that is open, and what was read of it."""
 
-    source: Source
-    index: CheckpointIndex
-    files: dict[str, np.memmap] = field(default_factory=dict)
-    read: set[str] = field(default_factory=set)
-    formats: Counter[str] = field(default_factory=Counter)
+    def __init__(self, source: Source) -> None:
+        """Read its headers.
+
+        Raises:
+            CorruptCheckpointError: a header or the index is wrong.
+        """
+        self.source, self.index = source, read_index(source)
+        self.read: set[str] = set()
+        self.formats: Counter[torch.dtype] = Counter()
+        self._files: dict[str, np.memmap] = {}
 
     def bytes_of(self, entry: TensorEntry) -> torch.Tensor:
         """The bytes of a tensor; of a local file a view of it, not yet in memory."""
         if not self.source.is_local:
             data = bytearray(self.source.read(entry.file, entry.start, entry.nbytes))
             return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        if entry.file not in self.files:
+        if entry.file not in self._files:
             # Private: PyTorch wants memory that could be written to.
-            self.files[entry.file] = np.memmap(self.source.path(entry.file), np.uint8, "c")
-        return torch.from_numpy(self.files[entry.file][entry.start : entry.end])
+            self._files[entry.file] = np.memmap(self.source.path(entry.file), np.uint8, "c")
+        return torch.from_numpy(self._files[entry.file][entry.start : entry.end])
 
 
 @dataclass(frozen=True)
@@ -56,36 +61,17 @@ class Weights:
         dtype: of the model: of its activations and of weights that are not FP8.
         fmt: block size and scale format of FP8 weights, from the config.
         compute: how FP8 weights are multiplied, see `Linear`.
-        keep_unscaled: use an FP8 weight without a scale as it is, instead of refusing it.
+        on_missing_scale: refuse an FP8 weight without a scale, or use its values as they are.
         prefix: put before every name.
     """
 
-    store: _Store
+    store: Store
     device: torch.device
     dtype: torch.dtype
     fmt: BlockFP8
     compute: Compute = "fp8"
-    keep_unscaled: bool = False
+    on_missing_scale: Literal["error", "keep"] = "error"
     prefix: str = ""
-
-    @classmethod
-    def open(
-        cls,
-        source: Source,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        fmt: BlockFP8,
-        compute: Compute = "fp8",
-        keep_unscaled: bool = False,
-    ) -> Weights:
-        """Read the headers of a checkpoint; see the attributes.
-
-        Raises:
-            CorruptCheckpointError: a header or the index is wrong.
-        """
-        store = _Store(source, read_index(source))
-        return cls(store, device, dtype, fmt, compute, keep_unscaled)
 
     def at(self, name: str) -> Weights:
         """The same, for names below `name`."""
@@ -113,7 +99,7 @@ class Weights:
         weight_name = f"{name}.weight"
         weight = self._read(weight_name, (rows, columns))
         bias = self.tensor(f"{name}.bias", rows) if self.has(f"{name}.bias") else None
-        self.store.formats[str(weight.dtype).removeprefix("torch.")] += 1
+        self.store.formats[weight.dtype] += 1
         scale = self._scale(weight_name, weight) if weight.dtype == FP8 else None
         if scale is None:
             return Linear(weight.to(self.device, self.dtype), bias=bias, compute=self.compute)
@@ -159,11 +145,17 @@ class Weights:
                 _fill(room, layer, expert, f"{self.prefix}experts.{expert}")
         return both[0], both[1]
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether an FP8 weight was read."""
+        return FP8 in self.store.formats
+
     def summary(self) -> str:
         """What was found, in a line: layers of each format, blocks and scales, and what nobody asked for."""
-        counts = ", ".join(f"{count} in {name}" for name, count in sorted(self.store.formats.items()))
+        formats = {str(dtype).removeprefix("torch."): count for dtype, count in self.store.formats.items()}
+        counts = ", ".join(f"{count} in {name}" for name, count in sorted(formats.items()))
         block = "x".join(map(str, self.fmt.block_size))
-        scaled = f"; FP8 blocks of {block}, {self.fmt.scale_fmt} scales" if "float8_e4m3fn" in counts else ""
+        scaled = f"; FP8 blocks of {block}, {self.fmt.scale_fmt} scales" if self.has_fp8 else ""
         unused = [name for name in self.store.index.tensors if name not in self.store.read]
         left = f"; {len(unused)} tensors not used, the first {unused[0]}" if unused else ""
         return f"linear layers: {counts}{scaled}{left}"
@@ -172,8 +164,8 @@ class Weights:
         stored = scale_name(name)
         where = self.prefix + name
         if not self.has(stored):
-            if not self.keep_unscaled:
-                remedy = "requantize it, or ask to keep such tensors as they are"
+            if self.on_missing_scale == "error":
+                remedy = "requantize it, or use --on-missing-scale keep"
                 raise MissingScaleError(f"FP8 weight without {stored}", where=where, remedy=remedy)
             _logger.warning("%s is FP8 without a scale: its values are taken as they are", where)
             return None

@@ -91,15 +91,20 @@ def available(op: Op, device: torch.device, backends: Iterable[str]) -> tuple[st
     return tuple(name for name in backends if not _unfit(name, device) and _load(op, name)[0] is not None)
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies FP8 numbers; the others dequantize them first."""
+    return device.type == "cuda" and _capability(device) >= (8, 9)
+
+
 def _candidates(device: torch.device) -> tuple[GemmBackend, ...]:
     """Backends for a device, the best first."""
     if device.type != "cuda":
         return ("dequantized",)
-    capability = _capability(device)
-    if capability < (8, 9):
+    if not has_fp8(device):
         _say_once(f"{torch.cuda.get_device_name(device)} has no FP8 arithmetic: weights are turned to BF16")
         return ("dequantized",)
-    return ("cuda", "triton", "dequantized") if capability[0] == 9 else ("triton", "dequantized")
+    hopper = _capability(device)[0] == 9
+    return ("cuda", "triton", "dequantized") if hopper else ("triton", "dequantized")
 
 
 def _unfit(backend: str, device: torch.device) -> str | None:

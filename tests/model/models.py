@@ -1,7 +1,9 @@
 """Small models with random weights, made and saved by transformers, to hold ours against."""
 
+import pytest
 import torch
-import transformers
+
+transformers = pytest.importorskip("transformers")
 
 SMALL = {
     "vocab_size": 320,

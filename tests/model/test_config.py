@@ -1,11 +1,10 @@
-"""Configurations of Hugging Face and of DeepSeek: every field, what is derived, and every refusal."""
+"""Configurations of Hugging Face: every field, what is derived, every refusal; which file is whose."""
 
 import contextlib
 import json
 import logging
 import math
 import random
-from pathlib import Path
 
 import pydantic
 import pytest
@@ -16,45 +15,11 @@ from blockscale.formats import BlockFP8, Quantization
 from blockscale.model.config import ModelConfig, from_deepseek, from_huggingface, load_config
 from blockscale.model.model_args import MODEL_ARGS
 from tests import data
-
-SHIPPED = Path(__file__).parent.parent.parent / "inference" / "configs"
-ORIGINAL = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_routed_experts": 32,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 6,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 160,
-    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4, "mscale": 1.0},
-}
-
-
-def _changed(**changes):
-    """The plain configuration with some keys changed; ... takes one away."""
-    return {key: value for key, value in {**ORIGINAL, **changes}.items() if value is not ...}
+from tests.model.configs import BAD, ORIGINAL, changed, refusal
 
 
 def _warnings(caplog):
     return [record.getMessage() for record in caplog.records if record.name.startswith("blockscale")]
-
-
-def _refusal(call):
-    with pytest.raises(BlockscaleError) as caught:
-        call()
-    return str(caught.value)
 
 
 MSCALES = [
@@ -153,7 +118,7 @@ def test_every_field_and_scale_is_that_of_transformers(family, seed, tmp_path, c
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None,
         "moe_layer_freq": 1,
-        "scale_fmt": None,
+        "scale_fmt": "float32",
         "weight_block_size": None,
     }
     attention_factor = 1.0
@@ -213,7 +178,7 @@ def test_a_trained_model_of_transformers(caplog):
     ],
 )
 def test_what_a_key_or_its_absence_means(values, expected, caplog):
-    config = from_huggingface(_changed(**values))
+    config = from_huggingface(changed(**values))
     assert {name: getattr(config, name) for name in expected} == expected
     assert not _warnings(caplog)
 
@@ -224,23 +189,21 @@ def test_the_quantization_it_declares(layout, scale_fmt):
     if layout == "compressed-tensors":
         pytest.importorskip("compressed_tensors")
     declared = Quantization(layout, BlockFP8((128, 64), scale_fmt)).config()
-    config = from_huggingface(_changed(quantization_config=declared))
-    says = layout == "deepseek" and scale_fmt == "ue8m0"  # else the key has no place, or is left out
+    config = from_huggingface(changed(quantization_config=declared))
     assert (config.dtype, config.weight_block_size) == ("fp8", (128, 64))
-    assert config.scale_fmt == ("ue8m0" if says else None)
+    assert config.scale_fmt == (
+        scale_fmt if layout == "deepseek" else "float32"
+    )  # the other has no place for it
 
 
 def test_keys_that_are_not_known_are_told_once_and_those_without_meaning_never(caplog):
-    values = _changed(aux_loss_alpha=0.001, ep_size=1, blockscale={}, sparse_topk=4, scale_fmt="ue8m0")
+    values = changed(aux_loss_alpha=0.001, ep_size=1, blockscale={}, sparse_topk=4, scale_fmt="ue8m0")
     values["rope_scaling"] = {**ORIGINAL["rope_scaling"], "twist": 1}
     with caplog.at_level(logging.WARNING):
         from_huggingface(values, where="some/config.json")
     assert _warnings(caplog) == [
         "some/config.json: keys that are not known here are ignored: rope twist, scale_fmt, sparse_topk"
     ]
-
-
-BAD = "; correct it, or fetch the file again"
 
 
 @pytest.mark.parametrize(
@@ -319,7 +282,7 @@ BAD = "; correct it, or fetch the file again"
 )
 def test_a_config_that_cannot_be_honoured(values, line):
     where = "" if line.startswith("config.json") else "model/config.json: "
-    assert _refusal(lambda: from_huggingface(_changed(**values), where="model/config.json")) == where + line
+    assert refusal(lambda: from_huggingface(changed(**values), where="model/config.json")) == where + line
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
@@ -366,122 +329,16 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 def test_rotary_embeddings_that_cannot_be_honoured(values, line):
     missing = "key rope_scaling.original_max_position_embeddings is missing; add it"
-    assert _refusal(lambda: from_huggingface(_changed(**values))) == f"config.json: {line or missing}"
+    assert refusal(lambda: from_huggingface(changed(**values))) == f"config.json: {line or missing}"
 
 
 def test_the_same_values_in_both_spellings_of_rope_agree():
-    both = _changed(
+    both = changed(
         rope_scaling={**YARN, "type": "yarn"}, rope_theta=5e5, rope_parameters={**YARN, "rope_theta": 5e5}
     )
-    one = _changed(rope_scaling=..., rope_parameters={**YARN, "rope_theta": 5e5})
+    one = changed(rope_scaling=..., rope_parameters={**YARN, "rope_theta": 5e5})
     assert from_huggingface(both) == from_huggingface(one)
     assert from_huggingface(both).rope_theta == 5e5
-
-
-MEASURES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "n_routed_experts",
-    "n_group",
-    "topk_method",
-    "q_lora_rank",
-    "dtype",
-)
-
-
-@pytest.mark.parametrize(
-    ("name", "measures", "mscale", "scale_fmt"),
-    [
-        ("16B", (2048, 27, 64, 1, "greedy", None, "bf16"), 0.707, None),
-        ("236B", (5120, 60, 160, 8, "group_limited_greedy", 1536, "bf16"), 1.0, None),
-        ("671B", (7168, 61, 256, 8, "noaux_tc", 1536, "fp8"), 1.0, None),
-        ("v3.1", (7168, 61, 256, 8, "noaux_tc", 1536, "fp8"), 1.0, "ue8m0"),
-    ],
-)
-def test_the_shipped_configurations(name, measures, mscale, scale_fmt):
-    config = load_config(SHIPPED / f"config_{name}.json")
-    assert tuple(getattr(config, field) for field in MEASURES) == measures
-    assert (config.scale_fmt, config.max_position_embeddings) == (scale_fmt, 16384)
-    assert config.weight_block_size == ((128, 128) if config.dtype == "fp8" else None)
-    assert config.norm_topk_prob == (config.scoring_func == "sigmoid")
-    # The reference scales the logits, and never cos and sin.
-    assert config.softmax_scale == pytest.approx(192**-0.5 * (0.1 * mscale * math.log(40) + 1) ** 2)
-    assert config.rope_attention_scale == 1.0
-
-
-def test_an_empty_file_of_deepseek_has_the_defaults_of_the_reference():
-    config = from_deepseek({})
-    assert config == from_deepseek({"max_seq_len": 16384, "max_batch_size": 1})
-    assert str(config) == (
-        "vocab_size=102400 hidden_size=2048 intermediate_size=10944 num_hidden_layers=27 "
-        "num_attention_heads=16 max_position_embeddings=16384 q_lora_rank=None kv_lora_rank=512 "
-        "qk_nope_head_dim=128 qk_rope_head_dim=64 v_head_dim=128 n_routed_experts=64 n_shared_experts=2 "
-        "num_experts_per_tok=6 moe_intermediate_size=1408 first_k_dense_replace=1 moe_layer_freq=1 "
-        "n_group=1 topk_group=1 topk_method='greedy' scoring_func='softmax' norm_topk_prob=False "
-        "routed_scaling_factor=1.0 rms_norm_eps=1e-06 rope_theta=10000.0 rope_interleave=True "
-        "rope_scaling=Yarn(factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, "
-        "beta_slow=1.0, mscale=None, mscale_all_dim=1.0, attention_factor=1.0) num_nextn_predict_layers=0 "
-        "tie_word_embeddings=False attention_bias=False bos_token_id=None eos_token_id=() dtype='bf16' "
-        "scale_fmt=None weight_block_size=None"
-    )
-
-
-def test_yarn_applies_past_the_original_context():
-    assert from_deepseek({}, max_seq_len=4097).rope_scaling is not None
-    plain = from_deepseek({}, max_seq_len=4096)
-    assert (plain.rope_scaling, plain.softmax_scale, plain.rope_attention_scale) == (None, 192**-0.5, 1.0)
-    assert from_deepseek({"max_seq_len": 2048}).max_position_embeddings == 2048
-    assert from_deepseek({"mscale": 0}).softmax_scale == 192**-0.5
-
-
-@pytest.mark.parametrize("spelling", ["ue8m0", "uf8m0"])
-def test_both_spellings_of_the_scale_format(spelling):
-    config = from_deepseek({"dtype": "fp8", "scale_fmt": spelling})
-    assert (config.scale_fmt, config.weight_block_size) == ("ue8m0", (128, 128))
-
-
-@pytest.mark.parametrize(
-    ("values", "line"),
-    [
-        (
-            {"n_expert_group": 8},
-            "unknown key n_expert_group (expected names of DeepSeek's ModelArgs); "
-            "did you mean n_expert_groups?",
-        ),
-        (
-            {"hidden_size": 64},
-            "unknown key hidden_size (expected names of DeepSeek's ModelArgs); did you mean dim?",
-        ),
-        ({"dim": -1}, f"bad dim (expected greater than 0, got -1){BAD}"),
-        ({"moe_inter_dim": "fp8"}, f"bad moe_inter_dim (expected a valid integer, got 'fp8'){BAD}"),
-        ({"n_expert_groups": 7}, f"bad n_expert_groups (expected a divisor of 64 experts, got 7){BAD}"),
-        (
-            {"n_limited_groups": 2},
-            f"bad n_limited_groups (expected at most 1, the number of groups, got 2){BAD}",
-        ),
-        (
-            {"n_expert_groups": 32},
-            "bad n_activated_experts (expected 1 to 2, the experts of the chosen groups, got the default 6)"
-            + BAD,
-        ),
-        ({"rope_factor": 0.5}, f"bad rope_factor (expected greater than or equal to 1, got 0.5){BAD}"),
-        ({"original_seq_len": None}, f"bad original_seq_len (expected a valid integer, got None){BAD}"),
-        ({"dtype": "int8"}, f"bad dtype (expected 'bf16' or 'fp8', got 'int8'){BAD}"),
-        (
-            {"scale_fmt": "e8m0"},
-            "unknown scale_fmt (expected float32 | ue8m0 | uf8m0 | null, got 'e8m0')" + BAD,
-        ),
-        ({"max_seq_len": 0}, f"bad max_seq_len (expected greater than 0, got 0){BAD}"),
-    ],
-)
-def test_a_file_of_deepseek_that_cannot_be_honoured(values, line):
-    assert _refusal(lambda: from_deepseek(values, where="mine.json")) == f"mine.json: {line}"
-
-
-def test_an_unknown_key_that_resembles_none_is_answered_with_all_of_them():
-    line = _refusal(lambda: from_deepseek({"zzz": 1}))
-    assert line.startswith("config: unknown key zzz (expected max_batch_size, max_seq_len, dtype, ")
-    assert line.endswith(", mscale); remove it")
 
 
 WRONG = [None, True, -1, 0, 1.5, 10**400, math.nan, "", "8", [], [1], [[]], {}, {"type": "yarn"}, {"a": None}]
@@ -491,7 +348,7 @@ WRONG = [None, True, -1, 0, 1.5, 10**400, math.nan, "", "8", [], [1], [[]], {}, 
 def test_no_value_of_a_key_ends_in_anything_but_a_config_or_one_line(value):
     keys = [*ORIGINAL, "quantization_config", "eos_token_id", "rope_parameters", "rope_theta", "num_experts"]
     files = [(from_huggingface, {**ORIGINAL, key: value}) for key in keys]
-    files += [(from_huggingface, _changed(rope_scaling={**YARN, key: value})) for key in YARN]
+    files += [(from_huggingface, changed(rope_scaling={**YARN, key: value})) for key in YARN]
     files += [(from_deepseek, {key: value}) for key in MODEL_ARGS]
     for read, values in files:
         with contextlib.suppress(BlockscaleError):
@@ -505,17 +362,17 @@ def test_a_file_is_told_by_its_keys(tmp_path):
     file.write_text(json.dumps({"dim": 1024}))
     assert load_config(file) == from_deepseek({"dim": 1024})
     file.write_text('{"dim": 0}')
-    assert _refusal(lambda: load_config(tmp_path)) == f"{file}: bad dim (expected greater than 0, got 0){BAD}"
+    assert refusal(lambda: load_config(tmp_path)) == f"{file}: bad dim (expected greater than 0, got 0){BAD}"
     file.write_text('{"vocab_size": 3}')
-    assert _refusal(lambda: load_config(file)) == (
+    assert refusal(lambda: load_config(file)) == (
         f"{file}: not the configuration of a model (expected keys of Hugging Face (model_type, "
         "hidden_size, ...) or of DeepSeek (dim, n_layers, ...), got vocab_size); "
         "pass the model's folder or its config file"
     )
     file.write_text("{")
-    assert _refusal(lambda: load_config(file)).startswith(f"{file}: is not JSON (")
+    assert refusal(lambda: load_config(file)).startswith(f"{file}: is not JSON (")
     file.unlink()
-    assert _refusal(lambda: load_config(tmp_path)) == (
+    assert refusal(lambda: load_config(tmp_path)) == (
         f"{file}: cannot be read: No such file or directory; "
         "name the model's folder, its config.json or DeepSeek's config file"
     )
@@ -527,22 +384,22 @@ def test_a_file_is_told_by_its_keys(tmp_path):
 )
 def test_which_layers_have_experts(first, freq, experts, layers):
     changes = {"first_k_dense_replace": first, "moe_layer_freq": freq, "n_routed_experts": experts}
-    config = from_huggingface(_changed(**changes))
+    config = from_huggingface(changed(**changes))
     assert [layer for layer in range(5) if config.is_moe(layer)] == layers
 
 
 def test_heads_and_experts_share_out_over_the_ranks():
-    config = from_huggingface(_changed(vocab_size=1001, n_routed_experts=12, n_group=1, topk_group=1))
+    config = from_huggingface(changed(vocab_size=1001, n_routed_experts=12, n_group=1, topk_group=1))
     for ranks in (1, 2, 4):
         config.check_ranks(ranks)
     for ranks in (0, 3, 8):
-        assert _refusal(lambda ranks=ranks: config.check_ranks(ranks)) == (
+        assert refusal(lambda ranks=ranks: config.check_ranks(ranks)) == (
             "model does not share out evenly over the ranks (expected a number that divides 8 heads and "
             f"12 experts, got {ranks} ranks); start 1, 2, 4 ranks"
         )
-    dense = from_huggingface(_changed(n_routed_experts=0))
+    dense = from_huggingface(changed(n_routed_experts=0))
     dense.check_ranks(8)
-    assert "divides 8 heads, got 3 ranks" in _refusal(lambda: dense.check_ranks(3))
+    assert "divides 8 heads, got 3 ranks" in refusal(lambda: dense.check_ranks(3))
 
 
 def test_a_configuration_is_frozen_hashable_and_checked_when_made_by_hand():

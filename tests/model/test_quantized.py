@@ -144,7 +144,7 @@ def test_a_missing_scale_is_refused_or_kept_on_request(fp8, tmp_path, caplog):
     folder = _edit(fp8, tmp_path / "x", lambda tensors, config: tensors.pop(f"{O_PROJ}_scale_inv"))
     with pytest.raises(MissingScaleError, match=f"{O_PROJ}: FP8 weight without .*o_proj.weight_scale_inv"):
         load(folder)
-    load(folder, keep_unscaled=True)
+    load(folder, on_missing_scale="keep")
     assert sum(f"{O_PROJ} is FP8 without a scale" in record.message for record in caplog.records) == 1
 
 
@@ -170,6 +170,34 @@ def test_a_config_that_contradicts_the_checkpoint_is_refused(fp8):
     with pytest.raises(BlockscaleError, match=f"scale_fmt of the given config .*got {other}"):
         load(fp8, config=given)
     load(fp8, config=config)
+    with pytest.raises(BlockscaleError, match=r"weight_block_size .*as its config.json says, got \(64, 64\)"):
+        load(fp8, config=config.model_copy(update={"weight_block_size": (64, 64)}))
+
+
+def test_a_folder_without_a_config_wants_one(fp8, tmp_path):
+    folder = _edit(fp8, tmp_path / "x", lambda tensors, config: None)
+    (folder / "config.json").unlink()
+    with pytest.raises(BlockscaleError, match=r"no config \(expected config.json\); name a config file"):
+        load(folder)
+    load(folder, config=load_config(fp8))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("gate_proj", "up_proj", "down_proj"), "experts of a layer differ in format"),
+        (("gate_proj",), "experts of a layer differ in format"),
+    ],
+)
+def test_experts_of_different_formats_are_refused(fp8, tmp_path, changed, message):
+    def change(tensors, config):
+        for name in changed:
+            weight = f"model.layers.1.mlp.experts.5.{name}.weight"
+            tensors.pop(f"{weight}_scale_inv")
+            tensors[weight] = tensors[weight].float()
+
+    with pytest.raises(CorruptCheckpointError, match=f"layers.1.mlp.experts.5: {message}"):
+        load(_edit(fp8, tmp_path / "x", change))
 
 
 def test_a_missing_tensor_is_named(fp8, tmp_path):
@@ -178,9 +206,13 @@ def test_a_missing_tensor_is_named(fp8, tmp_path):
         load(folder)
 
 
-def test_without_fp8_arithmetic_it_says_so_once(fp8, caplog):
+def test_without_fp8_arithmetic_it_says_so_once(fp8, source, caplog):
     model = load_model(fp8, device="cpu", dtype=torch.bfloat16)
     assert sum("CPU has no FP8 arithmetic" in record.message for record in caplog.records) == 1
+    caplog.clear()
+    load_model(source, device="cpu")
+    load(fp8, "high")
+    assert not caplog.records, "no FP8 weights, and nothing that was not asked for"
     assert len(generate(model, PROMPTS, max_new_tokens=3, stop=[])[0]) == 3
 
 
