@@ -62,6 +62,20 @@ def saturation(codes: torch.Tensor) -> float:
     return sum(int(((piece & 0x7F) == _E4M3_MAX_CODE).sum()) for piece in pieces) / codes.numel()
 
 
+def kl_divergence(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL divergence of softmax(other) from softmax(logits), sum p ln(p / q), in nats.
+
+    Args:
+        logits: (..., V), of the model that is taken for the truth.
+        other: (..., V), of the model it is compared with.
+
+    Returns:
+        float32 (...).
+    """
+    p, q = logits.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
 def _sums(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float, float]:
     """sum(x^2), sum(y^2) and sum((x - y)^2), in float64."""
     if x.shape != y.shape:

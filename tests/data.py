@@ -107,9 +107,9 @@ def llama(
     return Model(_named(shapes, dtype), config, dict(CARRIED))
 
 
-def deepseek_v3() -> Model:
+def deepseek_v3(heads: int = 2) -> Model:
     """Every kind of tensor of DeepSeek-V3: a dense and a sparse layer, and an MTP module as layer 2."""
-    hidden, rank, kv_rank, heads, experts, width, vocabulary = 160, 96, 64, 2, 4, 72, 48
+    hidden, rank, kv_rank, experts, width, vocabulary = 160, 96, 64, 4, 72, 48
     norms = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     attention = {
         "self_attn.q_a_proj.weight": (rank, hidden),
@@ -173,6 +173,16 @@ def deepseek_v3() -> Model:
         "torch_dtype": "bfloat16",
     }
     return Model(tensors, config, dict(CARRIED))
+
+
+def deepseek_v2(heads: int = 2) -> Model:
+    """As DeepSeek-V2-Lite: no low-rank queries, no correction bias, no MTP module."""
+    model = deepseek_v3(heads)
+    gone = {name: None for name in model.tensors if ".layers.2." in name or ".q_" in name}
+    gone |= {name: None for name in model.tensors if name.endswith("e_score_correction_bias")}
+    queries = {f"model.layers.{layer}.self_attn.q_proj.weight": (heads * 48, 160) for layer in (0, 1)}
+    config = {"model_type": "deepseek_v2", "q_lora_rank": None, "num_nextn_predict_layers": None}
+    return model.changed(gone | _named(queries, torch.bfloat16), **config)
 
 
 def fused_experts(model_type: str, axes: str) -> Model:

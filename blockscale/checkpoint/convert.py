@@ -36,6 +36,7 @@ from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.source import Source, copy_file, open_source, resolve
 from blockscale.checkpoint.strips import nonfinite_of, open_reader
 from blockscale.checkpoint.tasks import Job
+from blockscale.checkpoint.verify import verify_shard
 from blockscale.checkpoint.workspace import (
     Workspace,
     finish_shard,
@@ -59,6 +60,8 @@ class RunOptions:
         revision: branch, tag or commit of a Hub source.
         cluster: None, or the Ray cluster to spread shards over ("auto" or its address).
         progress: told of totals, bytes read and tensors finished.
+        read_back: read every finished shard again and compare it with what was to be written (not on a
+            cluster).
     """
 
     workers: int | None = None
@@ -67,6 +70,7 @@ class RunOptions:
     revision: str | None = None
     cluster: str | None = None
     progress: Progress = field(default_factory=Silent)
+    read_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,17 +198,26 @@ def _convert(plan: ConversionPlan, workspace: Workspace, run: RunOptions, job: J
 
         convert_on_cluster(todo, workspace, job, run.cluster, run.workers, run.progress)
         return
+
+    def finish(file: str, record: dict[str, Any]) -> None:
+        if run.read_back:
+            verify_shard(workspace.staging / file, record["sha256"])
+        finish_shard(workspace, file, record)
+
     workers = run.workers or default_workers()
-    convert_shards(
-        todo, workspace.staging, job, workers, lambda file, r: finish_shard(workspace, file, r), run.progress
-    )
+    convert_shards(todo, workspace.staging, job, workers, finish, run.progress)
 
 
 def _stage_rest(plan: ConversionPlan, source: Source, workspace: Workspace) -> None:
     """Stage every file that is not a shard."""
     files = {name: _stage_copy(workspace, source, name) for name in plan.carried}
     records = {shard.file: workspace.done[shard.file] for shard in plan.shards}
-    tensors = {name: value for record in records.values() for name, value in record["sha256"].items()}
+    tensors = {
+        # Shards for ranks have tensors of the same names.
+        f"{file}:{name}" if plan.command == "convert" else name: value
+        for file, record in records.items()
+        for name, value in record["sha256"].items()
+    }
     if plan.index_metadata is not None:
         weight_map = {name: file for file, record in records.items() for name in record["sha256"]}
         metadata = {**plan.index_metadata, "total_size": plan.output_bytes}
@@ -242,7 +255,8 @@ def _nonfinite_weights(plan: ConversionPlan, source: Source, run: RunOptions) ->
     staging = Path(tempfile.mkdtemp(prefix="blockscale-"))
     try:
         for shard in plan.shards:
-            with source.local_file(shard.source_file, staging) as path, open_reader(path) as reader:
+            (file,) = shard.source_files
+            with source.local_file(file, staging) as path, open_reader(path) as reader:
                 entries = [task.source for task in shard.tasks if task.action == "quantize"]
                 with ThreadPoolExecutor(run.workers or default_workers()) as pool:
                     found = pool.map(lambda entry: nonfinite_of(entry, reader), entries)

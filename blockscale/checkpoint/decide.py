@@ -1,19 +1,20 @@
 """Decide, tensor by tensor and before any byte is written, what a conversion does with a checkpoint.
 
 Quantizing: a linear weight becomes E4M3 codes and scales unless its family keeps it (embeddings, head,
-router, norms, vision), a pattern excludes it, or a weight that shares its precision (q/k/v, gate/up) is kept.
+router, norms, vision), the recipe's patterns or precision do, or a weight that shares its precision (q/k/v,
+gate/up) is kept.
 Dequantizing: FP8 is recognized by dtype, its scale is found by name in any shard; the rest is copied.
 """
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from blockscale.checkpoint.families import family_of, stored_block_size
-from blockscale.checkpoint.names import keep_reason, role_of, sharing_groups
+from blockscale.checkpoint.families import Family, family_of, stored_block_size
+from blockscale.checkpoint.names import check_patterns, keep_reason, matches, role_of, sharing_groups
+from blockscale.checkpoint.precision import check_followed
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.errors import BlockscaleError, MissingScaleError
 from blockscale.formats import (
@@ -29,7 +30,7 @@ from blockscale.formats import (
 )
 
 Signature = tuple[str, tuple[int, ...]]
-Action = Literal["quantize", "dequantize", "copy", "drop"]
+Action = Literal["quantize", "dequantize", "requantize", "copy", "drop"]
 FP8 = "F8_E4M3"
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _UNSUPPORTED_SUFFIXES = ("_blocks", ".qweight", ".weight_packed", ".qzeros")
@@ -74,22 +75,24 @@ def decide_quantize(
         keep: further tensors to leave alone -> why (non-finite weights).
 
     Raises:
-        BlockscaleError: the source is quantized already, a pattern matches nothing, or nothing is left to do.
+        BlockscaleError: the source is quantized already, a pattern matches nothing, a precision cannot be
+            given, or nothing is left to do.
     """
     family = family_of(config)
     _refuse_quantized(tensors, config)
-    _check_patterns(recipe, tensors)
+    check_patterns((*recipe.include, *recipe.exclude), tensors)
     warnings = [] if family.known else [_unknown_family(config)]
     warnings += [f"{name} keeps its precision: {reason}" for name, reason in (keep or {}).items()]
     decisions: dict[str, Decision] = {}
-    for name, (dtype, shape) in tensors.items():
-        reason = (
-            keep_reason(name, shape, dtype, family) or _pattern_reason(name, recipe) or (keep or {}).get(name)
-        )
+    for name, signature in tensors.items():
+        reason = _reason_to_keep(name, signature, family, recipe) or (keep or {}).get(name)
         decisions[name] = Decision("copy", reason) if reason else Decision("quantize", role_of(name))
     warnings += _share_precision(decisions)
+    check_followed(recipe.precision, tensors, lambda name: _reason_in(decisions, name))
     if not any(decision.action == "quantize" for decision in decisions.values()):
-        raise BlockscaleError("no tensor would be quantized", remedy="widen --include, narrow --exclude")
+        remedy = "set something to fp8" if recipe.precision.entries else "widen --include, narrow --exclude"
+        raise BlockscaleError("no tensor would be quantized", remedy=remedy)
+    warnings += _head_warning(decisions)
     _refuse_fused_in_compressed_tensors(decisions, tensors, recipe)
     skip = _skip_list(decisions, tensors)
     return Decisions(decisions, skip, tuple(warnings))
@@ -153,7 +156,7 @@ def decide_dequantize(
     for name, decision in decisions.items():
         if decision.scale is not None:
             block = stored_block_size(quantization.fmt.block_size, tensors[name][1], family_of(config))
-            _check_grid(name, tensors[name][1], decision.scale, tensors[decision.scale], block)
+            check_grid(name, tensors[name][1], decision.scale, tensors[decision.scale], block)
     return Decisions(decisions, tuple(sorted(map(module_path, missing))), tuple(warnings))
 
 
@@ -178,28 +181,30 @@ def _refuse_quantized(tensors: Mapping[str, Signature], config: dict[str, Any]) 
         )
 
 
-def _check_patterns(recipe: Recipe, tensors: Mapping[str, Signature]) -> None:
-    for pattern in (*recipe.include, *recipe.exclude):
-        if not any(_matches(name, pattern) for name in tensors):
-            # A pattern with a typo would quantize what the user meant to keep, silently.
-            raise BlockscaleError(
-                "pattern matches no tensor",
-                where=repr(pattern),
-                got=f"{len(tensors)} tensors, such as {next(iter(tensors), 'none')}",
-                remedy="patterns are shell-style and match the full name or module path",
-            )
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module_path(name), pattern)
-
-
-def _pattern_reason(name: str, recipe: Recipe) -> str | None:
-    if any(_matches(name, pattern) for pattern in recipe.exclude):
+def _reason_to_keep(name: str, signature: Signature, family: Family, recipe: Recipe) -> str | None:
+    dtype, shape = signature
+    wanted = recipe.precision.precision_of(name)
+    reason = keep_reason(name, shape, dtype, family, head=wanted == "fp8")
+    if reason is not None:
+        return reason
+    if any(matches(name, pattern) for pattern in recipe.exclude):
         return "excluded"
-    if recipe.include and not any(_matches(name, pattern) for pattern in recipe.include):
+    if recipe.include and not any(matches(name, pattern) for pattern in recipe.include):
         return "not included"
-    return None
+    if wanted is None and recipe.precision.asks_for_fp8:
+        return "not set to fp8"
+    return "set to bf16" if wanted == "bf16" else None
+
+
+def _reason_in(decisions: dict[str, Decision], name: str) -> str | None:
+    decision = decisions[name]
+    return decision.reason if decision.action == "copy" else None
+
+
+def _head_warning(decisions: dict[str, Decision]) -> list[str]:
+    heads = [name for name, decision in decisions.items() if decision == Decision("quantize", "head")]
+    told = "is quantized: vLLM and SGLang keep the output head in high precision and load no FP8 one"
+    return [f"{heads[0]} {told}"] if heads else []
 
 
 def _share_precision(decisions: dict[str, Decision]) -> list[str]:
@@ -257,9 +262,14 @@ def scale_of(weight: str, tensors: Container[str]) -> str | None:
     return next((name for layout in LAYOUTS if (name := scale_name(weight, layout)) in tensors), None)
 
 
-def _check_grid(
+def check_grid(
     name: str, shape: tuple[int, ...], scale: str, found: Signature, block_size: tuple[int, int]
 ) -> None:
+    """Refuse a scale, by its name and (dtype, shape), that is not that of an FP8 weight of this shape.
+
+    Raises:
+        BlockscaleError: the weight is no matrix, or the scale has another grid or a dtype that scales lack.
+    """
     if len(shape) not in (2, 3):
         raise BlockscaleError(
             "FP8 tensor is not a matrix", where=name, expected="2 or 3 dimensions", got=list(shape)

@@ -36,10 +36,10 @@ class Cancelled(Exception):
 
 @dataclass(frozen=True)
 class ActiveShard:
-    """A shard whose tasks are under way; `inputs` closes the source file and removes a staged copy of it."""
+    """A shard whose tasks are under way; `inputs` closes the source files and removes staged copies."""
 
     plan: ShardPlan
-    reader: Reader
+    readers: dict[str, Reader]
     output: ShardFile
     futures: list[Future[dict[str, str]]]
     inputs: ExitStack
@@ -63,7 +63,7 @@ def convert_shards(
 
     Args:
         shards: what to convert, in order.
-        staging: local folder for the outputs (and for a remote source file while it is read).
+        staging: local folder for the outputs (and for remote source files while they are read).
         job: what all tasks share.
         workers: threads.
         finish: called from one thread, shard by shard in order.
@@ -139,15 +139,17 @@ def _make_tick(
 
 def _open_pair(plan: ShardPlan, staging: Path, job: Job) -> ActiveShard:
     with ExitStack() as stack:
-        path = stack.enter_context(job.source.local_file(plan.source_file, staging / "source"))
-        reader = stack.enter_context(open_reader(path))
+        readers = {}
+        for file in plan.source_files:
+            path = stack.enter_context(job.source.local_file(file, staging / "source"))
+            readers[file] = stack.enter_context(open_reader(path))
         output = open_shard(staging / plan.file, plan.outputs, plan.metadata)
-        return ActiveShard(plan, reader, output, [], stack.pop_all())
+        return ActiveShard(plan, readers, output, [], stack.pop_all())
 
 
 def _submit_tasks(shard: ActiveShard, job: Job, pool: ThreadPoolExecutor, done: Callable[[], None]) -> None:
     def work(task: Task) -> dict[str, str]:
-        hashes = run_task(task, shard.reader, shard.output, job)
+        hashes = run_task(task, shard.readers[task.source.file], shard.output, job)
         done()
         return hashes
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from blockscale.checkpoint.deepseek_names import RANK_FILE
 from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
 from blockscale.formats import SAFETENSORS_DTYPES, dtype_bits, tensor_nbytes
@@ -238,6 +239,13 @@ def _weight_files(
             )
         return files, weight_map, metadata
     found = [name for name in top if name.endswith(".safetensors")]
+    if SINGLE_NAME not in found and any(RANK_FILE.fullmatch(name) for name in found):
+        raise BlockscaleError(
+            "shards of DeepSeek's inference folder, made for a number of ranks",
+            where=source.spec,
+            expected=f"a Hugging Face checkpoint: {SINGLE_NAME} or {INDEX_NAME}",
+            remedy="name the folder they were converted from",
+        )
     if SINGLE_NAME in found or len(found) == 1:
         return [SINGLE_NAME if SINGLE_NAME in found else found[0]], None, None
     if found:

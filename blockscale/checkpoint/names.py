@@ -10,11 +10,13 @@ Sources: DeepSeek-V3's `README_WEIGHTS.md` and checkpoint (what is BF16 and F32 
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 from blockscale.checkpoint.families import Family
+from blockscale.errors import BlockscaleError
 from blockscale.formats import HIGH_PRECISION, module_path, scaled_weight_name
 
 Role = Literal[
@@ -48,7 +50,7 @@ _MERGED = (
     ("in_proj_qkv", "in_proj_z"),
 )
 
-# Roles that are never quantized, and the reason given for them.
+# Roles that are not quantized, the head unless it is asked for, and the reason given for them.
 _KEPT_ROLES: dict[Role, str] = {
     "embedding": "embedding",
     "head": "output head",
@@ -94,7 +96,30 @@ def _block_role(segments: set[str]) -> Role:
     return "dense_mlp" if segments & _MLP else "other"
 
 
-def keep_reason(name: str, shape: tuple[int, ...], dtype: str, family: Family) -> str | None:
+def matches(name: str, pattern: str) -> bool:
+    """Whether a shell-style pattern matches a full tensor name or its module path."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module_path(name), pattern)
+
+
+def check_patterns(patterns: Iterable[str], names: Collection[str]) -> None:
+    """Refuse a pattern that matches none of the tensors.
+
+    Raises:
+        BlockscaleError: a pattern with a typo would do, silently, the contrary of what was meant.
+    """
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            raise BlockscaleError(
+                "pattern matches no tensor",
+                where=repr(pattern),
+                got=f"{len(names)} tensors, such as {next(iter(names), 'none')}",
+                remedy="patterns are shell-style and match the full name or module path",
+            )
+
+
+def keep_reason(
+    name: str, shape: tuple[int, ...], dtype: str, family: Family, *, head: bool = False
+) -> str | None:
     """Why a tensor stays as it is, in a few words; None if it is a linear weight that can be quantized.
 
     Quantizable are 2-D `*.weight` tensors of `family.linears` inside numbered layers, and 3-D fused expert
@@ -105,9 +130,10 @@ def keep_reason(name: str, shape: tuple[int, ...], dtype: str, family: Family) -
         shape: (N, K), or (E, ., .) for fused experts; anything else is kept.
         dtype: safetensors dtype name; only BF16, F16 and F32 can be quantized.
         family: from `families.family_of`.
+        head: whether the output head may be quantized.
     """
     role = role_of(name)
-    if role in _KEPT_ROLES:
+    if role in _KEPT_ROLES and not (head and role == "head"):
         return _KEPT_ROLES[role]
     if dtype not in HIGH_PRECISION:
         return f"{dtype} is not a high-precision float"
@@ -119,6 +145,8 @@ def keep_reason(name: str, shape: tuple[int, ...], dtype: str, family: Family) -
         return "not a linear weight"
     if len(shape) != 2:
         return f"{len(shape)}-D weight"
+    if role == "head":
+        return None
     modules = module_path(name).split(".")
     if modules[-1] not in family.linears:
         return f"not a quantized layer of {family.model_type}"

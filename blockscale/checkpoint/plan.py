@@ -1,7 +1,8 @@
 """The full plan of a conversion: every output file, every tensor in it, and the digest that resume compares.
 
-A plan is made from headers and config.json alone. Output shards mirror the source's shards, so a shard is a
-unit of work that needs no other (but for scales found across shards), on one machine or many.
+A plan is made from headers and config.json alone. Output shards of quantizing and dequantizing mirror the
+source's shards, so a shard is a unit of work that needs no other (but for scales found across shards), on one
+machine or many.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from blockscale.formats import (
 from blockscale.version import __version__
 
 MANIFEST_NAME = "blockscale.json"
+Command = Literal["quantize", "dequantize", "convert"]
 # Weights in other formats: they are another copy of the model, not a part of it.
 _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".pkl"),
@@ -63,32 +65,52 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
+class Window:
+    """The part of a tensor that an output is made of: rows, and of a matrix also columns (None: all)."""
+
+    rows: range
+    columns: range | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """The work on one source tensor.
 
     Attributes:
-        action: "quantize" gives codes and scale, "dequantize" and "copy" give one tensor.
+        action: "quantize" and "requantize" (FP8 to FP8, on another grid) give codes and scale, "dequantize"
+            and "copy" give one tensor.
         source: what is read.
         outputs: what is written, codes before scale.
-        scale: the scale that is read along when dequantizing.
+        scale: the scale that is read along when dequantizing or requantizing.
         block_size: (rows, columns) that share a scale, on the axes as stored.
+        window: the part that is copied or requantized, if not all.
     """
 
-    action: Literal["quantize", "dequantize", "copy"]
+    action: Literal["quantize", "dequantize", "requantize", "copy"]
     source: TensorEntry
     outputs: tuple[OutputTensor, ...]
     scale: TensorEntry | None = None
     block_size: tuple[int, int] = (0, 0)
+    window: Window | None = None
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the source that the outputs are made of; scales do not count."""
+        return self.source.nbytes if self.window is None else self.outputs[0].nbytes
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One output file: its name, the source file it is made of, its tasks, its header metadata."""
+    """One output file: its name, its tasks, its header metadata."""
 
     file: str
-    source_file: str
     tasks: tuple[Task, ...]
     metadata: dict[str, str]
+
+    @property
+    def source_files(self) -> tuple[str, ...]:
+        """The files that the tasks read; scales that are read along may be in others."""
+        return tuple(dict.fromkeys(task.source.file for task in self.tasks))
 
     @property
     def outputs(self) -> tuple[OutputTensor, ...]:
@@ -96,7 +118,7 @@ class ShardPlan:
 
     @property
     def input_bytes(self) -> int:
-        return sum(task.source.nbytes for task in self.tasks)
+        return sum(task.input_bytes for task in self.tasks)
 
 
 @dataclass(frozen=True)
@@ -104,7 +126,7 @@ class ConversionPlan:
     """Everything a conversion will do.
 
     Attributes:
-        command: "quantize" or "dequantize".
+        command: "quantize", "dequantize" or "convert" (into shards for ranks).
         options: what decides the bytes of the result (not workers, not device).
         shards: output files in order.
         config: config.json of the result.
@@ -114,7 +136,7 @@ class ConversionPlan:
         fingerprints: source file -> size and time or etag, to notice a source that changes.
     """
 
-    command: Literal["quantize", "dequantize"]
+    command: Command
     options: dict[str, Any]
     shards: tuple[ShardPlan, ...]
     config: dict[str, Any]
@@ -193,9 +215,11 @@ def plan_quantize(
         "layout": recipe.layout,
         "include": list(recipe.include),
         "exclude": list(recipe.exclude),
+        "precision": recipe.precision.spelled(),
         "kept": dict(sorted((keep or {}).items())),
     }
-    return _assemble("quantize", source, index, task, result, options, decisions)
+    shards = _mirrored(index, task)
+    return assemble("quantize", options, source, shards, result, index.index_metadata, decisions)
 
 
 def plan_dequantize(
@@ -228,35 +252,40 @@ def plan_dequantize(
             result[key] = torch_name
     result = with_kept_fp8(result, decisions.skip)
     options = {"dtype": dtype, "on_missing_scale": on_missing_scale}
-    return _assemble("dequantize", source, index, task, result, options, decisions)
+    shards = _mirrored(index, task)
+    return assemble("dequantize", options, source, shards, result, index.index_metadata, decisions)
 
 
 def _copy(entry: TensorEntry) -> Task:
     return Task("copy", entry, (OutputTensor(entry.name, entry.dtype, entry.shape),))
 
 
-def _assemble(
-    command: Literal["quantize", "dequantize"],
-    source: Source,
-    index: CheckpointIndex,
-    task: Callable[[TensorEntry], Task | None],
-    config: dict[str, Any],
-    options: dict[str, Any],
-    decisions: Decisions,
-) -> ConversionPlan:
+def _mirrored(index: CheckpointIndex, task: Callable[[TensorEntry], Task | None]) -> tuple[ShardPlan, ...]:
+    """An output shard for each of the source, of the tasks that `task` makes of its tensors."""
     shards = []
     for file, header in index.headers.items():
         tasks = tuple(made for entry in header.entries if (made := task(entry)) is not None)
         name = SINGLE_NAME if index.index_metadata is None else file
         if tasks:
-            shards.append(ShardPlan(name, file, tasks, _shard_metadata(header)))
+            shards.append(ShardPlan(name, tasks, _shard_metadata(header)))
+    return tuple(shards)
+
+
+def assemble(
+    command: Command,
+    options: dict[str, Any],
+    source: Source,
+    shards: tuple[ShardPlan, ...],
+    config: dict[str, Any],
+    index_metadata: dict[str, Any] | None,
+    decisions: Decisions,
+) -> ConversionPlan:
+    """The plan of these shards, with what the source has beside its weights; arguments as its attributes."""
     files = source.files()
     carried = tuple(name for name in files if _is_carried(name))
-    used = {CONFIG_NAME, *(shard.source_file for shard in shards), *carried}
+    used = {CONFIG_NAME, *carried}.union(*(shard.source_files for shard in shards))
     fingerprints = {name: source.fingerprint(name) for name in sorted(used)}
-    return ConversionPlan(
-        command, options, tuple(shards), config, index.index_metadata, carried, decisions, fingerprints
-    )
+    return ConversionPlan(command, options, shards, config, index_metadata, carried, decisions, fingerprints)
 
 
 def _shard_metadata(header: Header) -> dict[str, str]:

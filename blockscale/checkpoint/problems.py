@@ -28,7 +28,7 @@ from blockscale.formats import (
 )
 
 _RAW = "raw FP8 without a scale, kept on request: not usable as a weight"
-_NEVER_FP8 = ("embedding", "head", "norm", "router", "mtp_projection", "vision")
+_NOT_FP8 = ("embedding", "head", "norm", "router", "mtp_projection", "vision")
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def _precision_problems(tensors: Mapping[str, Signature]) -> list[Problem]:
     problems = []
     for name, (dtype, _) in tensors.items():
         role = role_of(name)
-        if dtype == FP8 and role in _NEVER_FP8:
-            problems.append(Problem("error", name, f"{role} is FP8; engines keep it in high precision"))
+        if dtype == FP8 and role in _NOT_FP8:
+            severity: Literal["error", "warning"] = "warning" if role == "head" else "error"  # on request
+            problems.append(Problem(severity, name, f"{role} is FP8; engines keep it in high precision"))
     for group in sharing_groups(tensors):
         kinds = {name: tensors[name][0] == FP8 for name in group}
         if len(set(kinds.values())) == 2:

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 
 import pydantic
 
+from blockscale.checkpoint.precision import AS_STORED, Precision, parse_precision
 from blockscale.errors import BlockscaleError
 from blockscale.formats import LAYOUTS, BlockFP8, Layout, ScaleFmt, parse_block_size, parse_scale_fmt
 
@@ -23,6 +24,8 @@ class Recipe:
         layout: "deepseek" (weight_scale_inv) or "compressed-tensors" (weight_scale).
         include: if given, only tensors whose name or module path matches one of these patterns are quantized.
         exclude: tensors that match one of these patterns keep their precision.
+        precision: of what is left, by role and pattern, as a `Precision` or {"experts": "fp8"}. If it names
+            something fp8, only that is quantized; otherwise all but what it names bf16.
     """
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
@@ -32,12 +35,14 @@ class Recipe:
     layout: Layout = "deepseek"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    precision: Annotated[Precision, pydantic.BeforeValidator(parse_precision)] = AS_STORED
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale_fmt", parse_scale_fmt(self.scale_fmt))
         object.__setattr__(self, "block_size", parse_block_size(self.block_size))
         object.__setattr__(self, "include", tuple(self.include))
         object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "precision", parse_precision(self.precision))
         if self.layout not in LAYOUTS:
             raise BlockscaleError("unknown layout", expected=" | ".join(LAYOUTS), got=repr(self.layout))
 

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,26 @@ def strips(
         strip = buffer[: span.rows]
         read_into(reader, strip, span.start)
         yield span, strip
+
+
+def cut(entry: TensorEntry, reader: Reader, rows: range, columns: range | None) -> Iterator[torch.Tensor]:
+    """Read some rows of a tensor, and of a matrix some columns (None: all), piece by piece in order.
+
+    Pieces are of the tensor's dtype or uint8, and overwritten by the next step. Whole rows are read.
+    """
+    part = rows_of(entry, rows)
+    if columns is None:
+        yield from chunks(part, reader)
+        return
+    for _, strip in strips(part, reader):
+        yield strip[:, columns.start : columns.stop]
+
+
+def rows_of(entry: TensorEntry, rows: range) -> TensorEntry:
+    """The rows (indices along the first dimension) of a tensor, as if they were one of their own."""
+    row_bytes = entry.nbytes // max(1, entry.shape[0])
+    start = entry.start + rows.start * row_bytes
+    return replace(entry, shape=(len(rows), *entry.shape[1:]), start=start, end=start + len(rows) * row_bytes)
 
 
 def nonfinite_of(entry: TensorEntry, reader: Reader) -> NonFiniteError | None:

@@ -1,4 +1,4 @@
-"""The work on one tensor: read a strip of rows, quantize, dequantize or copy it, hash it, write it.
+"""The work on one tensor: read a strip of rows, quantize, dequantize, cut or copy it, hash it, write it.
 
 Strips bound the memory of a worker to a few times `CHUNK_BYTES` (with a GPU, to what `lanes` says), whatever
 the size of the tensor. They are whole blocks high, so every block lies in one strip and the result does not
@@ -22,12 +22,16 @@ from blockscale.checkpoint.lanes import STRIP_VALUES, Lanes, Part, Tensors, Work
 from blockscale.checkpoint.plan import Task
 from blockscale.checkpoint.source import Source
 from blockscale.checkpoint.strips import (
+    CHUNK_BYTES,
     Reader,
     Span,
     chunks,
+    cut,
     dtype_of,
     nonfinite_of,
+    read_codes,
     read_into,
+    rows_of,
     spans,
     strips,
     tensor_bytes,
@@ -64,15 +68,17 @@ class Job:
 
 def run_task(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:
     """Do one task; returns output tensor name -> SHA-256 of its bytes."""
-    run = {"copy": _copy, "quantize": _quantize, "dequantize": _dequantize}[task.action]
+    run = {"copy": _copy, "dequantize": _dequantize}.get(task.action, _quantize)
     return run(task, reader, shard, job)
 
 
 def _quantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:
     codes_out, scale_out = task.outputs
-    digest, (rows, columns) = hashlib.sha256(), task.source.shape[-2:]
+    digest, (rows, columns) = hashlib.sha256(), codes_out.shape[-2:]
     scale = torch.empty(scale_out.shape, dtype=torch.float32)
     quantized = _quantized if job.lanes is None else _quantized_there
+    if task.action == "requantize":
+        quantized = _requantized
     for span, codes in quantized(task, reader, per_expert(scale), job):
         data = tensor_bytes(codes)
         digest.update(data)
@@ -93,6 +99,32 @@ def _quantized(task: Task, reader: Reader, grid: torch.Tensor, job: Job) -> Stri
             ops.quantize_weight(strip, task.block_size, job.scale_fmt, out=(codes, scale), threads=1)
         except NonFiniteError as error:
             raise nonfinite_of(task.source, reader) or error from None
+        yield span, codes
+
+
+def _requantized(task: Task, reader: Reader, grid: torch.Tensor, job: Job) -> Strips:
+    """As `_quantized`, of a window of an FP8 weight: dequantized in float32, then on a grid of its own."""
+    assert task.scale is not None
+    assert task.window is not None
+    stored, block_size = read_scale(task.scale, job.source), task.block_size
+    rows, columns, width = task.window.rows, task.window.columns, task.source.shape[1]
+    for span in spans(rows_of(task.source, rows), block_size[0], CHUNK_BYTES // 4):
+        # From the edge of a stored block on, which may be above the strip.
+        first = rows.start + span.row
+        above = first % block_size[0]
+        codes = read_codes(reader, span.start - above * width, above + span.rows, width)
+        part = stored[first // block_size[0] : math.ceil((first + span.rows) / block_size[0])]
+        weight = ops.dequantize_weight(codes, part, block_size, torch.float32, threads=1)[above:]
+        weight = weight if columns is None else weight[:, columns.start : columns.stop]
+        scale, codes = grid[0, _grid_rows(span, task)], torch.empty(weight.shape, dtype=codes.dtype)
+        try:
+            ops.quantize_weight(weight, block_size, job.scale_fmt, out=(codes, scale), threads=1)
+        except NonFiniteError as error:
+            found = nonfinite_of(task.source, reader) or error
+            raise CorruptCheckpointError(
+                f"{found.count} NaN or Inf, the first at {list(found.position)}: cannot be requantized",
+                where=f"{task.source.name} in {task.source.file}",
+            ) from None
         yield span, codes
 
 
@@ -247,11 +279,13 @@ def per_expert(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _copy(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:
-    entry, digest, offset = task.source, hashlib.sha256(), 0
-    for part in chunks(entry, reader):
+    (output,), digest, offset = task.outputs, hashlib.sha256(), 0
+    window = task.window
+    parts = cut(task.source, reader, window.rows, window.columns) if window else chunks(task.source, reader)
+    for part in parts:
         data = tensor_bytes(part)
         digest.update(data)
-        write_at(shard, entry.name, offset, data)
+        write_at(shard, output.name, offset, data)
         offset += part.nbytes
         job.tick(part.nbytes)
-    return {entry.name: digest.hexdigest()}
+    return {output.name: digest.hexdigest()}

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ from blockscale import ops
 from blockscale.checkpoint.compare import Side, TensorError, compare, open_side
 from blockscale.checkpoint.decide import FP8, scale_of
 from blockscale.checkpoint.engine import default_workers
-from blockscale.checkpoint.index import TensorEntry, parse_object
+from blockscale.checkpoint.index import TensorEntry, parse_object, read_header
 from blockscale.checkpoint.inspect import scale_names, scale_value_problems
 from blockscale.checkpoint.plan import MANIFEST_NAME
 from blockscale.checkpoint.problems import Problem, structural_problems
 from blockscale.checkpoint.progress import Progress, Silent
 from blockscale.checkpoint.source import Source
 from blockscale.checkpoint.strips import Reader, chunks, open_reader, tensor_bytes
+from blockscale.checkpoint.writer import drop_cached
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
 from blockscale.formats import scaled_weight_name
 
@@ -126,6 +128,34 @@ def verify_checkpoint(
         errors=tuple(sorted(errors, key=lambda error: -error.relative)),
         problems=tuple(sorted(problems, key=lambda problem: problem.severity)),
     )
+
+
+def verify_shard(path: Path, hashes: Mapping[str, str]) -> None:
+    """Read a finished file back, from the disk and not from the page cache where that can be.
+
+    Args:
+        path: a safetensors file whose bytes are synced.
+        hashes: tensor -> SHA-256 of its bytes, as they were meant to be.
+
+    Raises:
+        CorruptCheckpointError: it holds other tensors, or other bytes.
+    """
+    with open_reader(path) as reader:
+        drop_cached(reader.fd, 0, 0)
+
+        def read(start: int, length: int) -> bytes:
+            return os.pread(reader.fd, length, start)
+
+        entries = read_header(read, path.stat().st_size, str(path)).entries
+        found = {entry.name: _hash_and_count_nan(entry, reader, Silent())[0] for entry in entries}
+    wrong = sorted(name for name in found.keys() | hashes.keys() if found.get(name) != hashes.get(name))
+    if wrong:
+        raise CorruptCheckpointError(
+            f"{len(wrong)} tensors read back are not what was written",
+            where=path,
+            got=wrong[0],
+            remedy="check the disk, then run the same command again",
+        )
 
 
 _Readers = dict[tuple[str, str], Reader]

@@ -1,4 +1,4 @@
-"""What `quantize` and `dequantize` print when they are done."""
+"""What `quantize`, `dequantize` and `convert` print when they are done."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ def print_report(report: ConversionReport, *, as_json: bool) -> None:
     if report.already_complete:
         console.out.print(f"{report.destination} is complete already: nothing to do")
         return
-    done = "quantized" if report.command == "quantize" else "dequantized"
-    count, copied = report.tensors.get(report.command, 0), report.tensors.get("copy", 0)
     sizes = f"{console.gigabytes(report.input_bytes)} -> {console.gigabytes(report.output_bytes)}"
     rate = console.gigabytes(report.input_bytes / report.seconds)
-    console.out.print(
-        f"{done} {count} tensors, copied {copied}: {sizes} in {console.seconds(report.seconds)} ({rate}/s)"
-    )
+    console.out.print(f"{_done(report)}: {sizes} in {console.seconds(report.seconds)} ({rate}/s)")
     if report.resumed_shards:
         console.out.print(
             f"{report.resumed_shards} of {report.shards} shards were finished by an earlier run"
         )
     console.out.print(f"result: {report.destination}")
+
+
+def _done(report: ConversionReport) -> str:
+    copied, requantized = report.tensors.get("copy", 0), report.tensors.get("requantize", 0)
+    if report.command == "convert":
+        also = f", {requantized} of them requantized" if requantized else ""
+        return f"divided {copied + requantized} tensors over {report.shards} ranks{also}"
+    done = "quantized" if report.command == "quantize" else "dequantized"
+    return f"{done} {report.tensors.get(report.command, 0)} tensors, copied {copied}"

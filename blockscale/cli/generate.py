@@ -41,7 +41,8 @@ _COMPUTE: dict[ComputeChoice, Literal["fp8", "high"] | None] = {
 def command(
     ckpt_path: Annotated[str, typer.Option(help="Checkpoint folder or Hub repo id.")],
     config: Annotated[
-        Path | None, typer.Option(help="Hugging Face or DeepSeek config, instead of the folder's.")
+        Path | None,
+        typer.Option(help="Hugging Face or DeepSeek config, instead of the folder's; or precisions alone."),
     ] = None,
     interactive: Annotated[
         bool, typer.Option("--interactive", help="Chat: /clear forgets, /exit ends.")
@@ -55,6 +56,7 @@ def command(
     compute: Annotated[
         ComputeChoice, typer.Option(help="bf16 multiplies FP8 weights with unquantized activations.")
     ] = ComputeChoice.auto,
+    precision: options.Precision = None,
     on_missing_scale: options.OnMissingScale = options.KeepChoice.error,
     device: options.Device = options.DeviceChoice.auto,
     revision: options.Revision = None,
@@ -64,21 +66,21 @@ def command(
         raise BlockscaleError("give --interactive or --input-file, one of them", where="blockscale generate")
     prompts = _read_prompts(input_file) if input_file is not None else []
 
-    from blockscale.model.config import load_config
+    from blockscale.checkpoint.precision import parse_precision
     from blockscale.model.generate import Sampling
     from blockscale.model.load import load_model
     from blockscale.model.text import Tokenizer
 
-    sampling = Sampling(temperature, top_p, seed)
+    sampling, asked = Sampling(temperature, top_p, seed), parse_precision(precision or ())
     tokenizer = Tokenizer(ckpt_path, revision)
     begin = time.perf_counter()
-    given = load_config(config) if config is not None else None
     model = load_model(
         ckpt_path,
-        config=given,
+        config=config,
         device=device.value,
         compute=_COMPUTE[compute],
         on_missing_scale=on_missing_scale.value,
+        precision=asked,
         revision=revision,
     )
     console.err.print(f"loaded in {console.seconds(time.perf_counter() - begin)} on {model.device}")

@@ -18,10 +18,20 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a H
 Cluster = Annotated[str | None, typer.Option(help="Spread shards over a Ray cluster: auto, or its address.")]
 Include = Annotated[list[str] | None, typer.Option(help="Quantize only tensors that match (repeatable).")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Leave tensors that match alone (repeatable).")]
+Precision = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ROLE=fp8|bf16",
+        help="Precision of attention, dense_mlp, shared_experts, experts or head, of what matches a pattern, "
+        "or of the rest: default=... (repeatable).",
+    ),
+]
 BlockSize = Annotated[str | None, typer.Option(help="Rows x columns that share a scale; 128x128 by default.")]
 RecipeFile = Annotated[
     str | None,
-    typer.Option("--recipe", help="JSON file with scale_fmt, block_size, layout, include, exclude."),
+    typer.Option(
+        "--recipe", help="JSON file with scale_fmt, block_size, layout, include, exclude, precision."
+    ),
 ]
 
 

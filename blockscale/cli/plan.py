@@ -22,6 +22,7 @@ def command(
     block_size: options.BlockSize = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    precision: options.Precision = None,
     recipe_file: options.RecipeFile = None,
     tp: Annotated[int, typer.Option(min=1, help="GPUs of the tensor-parallel group.")] = 1,
     ep: Annotated[
@@ -36,7 +37,7 @@ def command(
     """Plan sizes, memory per GPU and time, from headers or from a config.json alone."""
     from blockscale.checkpoint.sizing import Parallelism, plan_checkpoint
 
-    recipe = build_recipe(recipe_file, None, block_size, None, include, exclude)
+    recipe = build_recipe(recipe_file, None, block_size, None, include, exclude, precision)
     plan = plan_checkpoint(src, recipe, parallelism=Parallelism(tp, ep), rate=rate * 1e9, revision=revision)
     print_plan(plan, as_json=json)
 

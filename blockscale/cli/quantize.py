@@ -16,6 +16,7 @@ def command(
     layout: options.Layout = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    precision: options.Precision = None,
     recipe_file: options.RecipeFile = None,
     on_nonfinite: options.OnNonfinite = options.KeepChoice.error,
     workers: options.Workers = None,
@@ -34,7 +35,7 @@ def command(
     from blockscale.checkpoint.convert import RunOptions, quantize_checkpoint
     from blockscale.checkpoint.sizing import plan_checkpoint
 
-    recipe = build_recipe(recipe_file, scale_fmt, block_size, layout, include, exclude)
+    recipe = build_recipe(recipe_file, scale_fmt, block_size, layout, include, exclude, precision)
     if dry_run:
         print_plan(plan_checkpoint(src, recipe, revision=revision), as_json=json)
         return

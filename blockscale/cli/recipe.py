@@ -18,8 +18,10 @@ def build_recipe(
     layout: options.LayoutChoice | None,
     include: list[str] | None,
     exclude: list[str] | None,
+    precision: list[str] | None,
 ) -> Recipe:
     """Read the recipe file, if there is one; an option that was given replaces the file's entry."""
+    from blockscale.checkpoint.precision import parse_precision
     from blockscale.checkpoint.recipe import Recipe, read_recipe
     from blockscale.formats import parse_block_size
 
@@ -29,6 +31,7 @@ def build_recipe(
         "layout": layout and layout.value,
         "include": include and tuple(include),
         "exclude": exclude and tuple(exclude),
+        "precision": precision and parse_precision(precision),
     }
     recipe = read_recipe(file) if file else Recipe()
     return replace(recipe, **{name: value for name, value in given.items() if value})

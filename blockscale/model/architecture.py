@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic_core import PydanticCustomError
 
+from blockscale.checkpoint.precision import AS_STORED, Precision
 from blockscale.errors import BlockscaleError
 from blockscale.formats import ScaleFmt, parse_block_size, parse_scale_fmt
 
@@ -72,6 +73,7 @@ class ModelConfig(pydantic.BaseModel):
         dtype: whether the linear layers are declared to be stored in FP8.
         scale_fmt: declared format of the FP8 scales.
         weight_block_size: declared (block_n, block_k), None where nothing is quantized.
+        precision: that linear layers are to have once loaded; by default the one they are stored in.
 
     Raises:
         pydantic.ValidationError: a value out of range or of the wrong type, or two that do not fit together;
@@ -115,6 +117,7 @@ class ModelConfig(pydantic.BaseModel):
     dtype: Literal["bf16", "fp8"] = "bf16"
     scale_fmt: _ScaleFmt = "float32"
     weight_block_size: _BlockSize | None = None
+    precision: Precision = AS_STORED
 
     @property
     def qk_head_dim(self) -> int:

@@ -13,14 +13,16 @@ queries; absorbed reads the cache alone, which is what decoding wants.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 
+from blockscale import ops
+from blockscale.formats import ScaleFmt
 from blockscale.model.architecture import ModelConfig
-from blockscale.model.rotary import Rotary
 from blockscale.model.weights import Weights
-from blockscale.reference.fused import rms_norm
+from blockscale.reference.attention import CacheSlots, RotaryTable
 
 _LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
 
@@ -65,8 +67,8 @@ class KVCache:
 class MLA:
     """One layer's attention, from the checkpoint's tensors under `self_attn`."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, rotary: Rotary, layer: int) -> None:
-        self._config, self._rotary, self._layer = config, rotary, layer
+    def __init__(self, config: ModelConfig, weights: Weights, table: RotaryTable, layer: int) -> None:
+        self._config, self._table, self._layer = config, table, layer
         self._heads = config.num_attention_heads
         hidden, latent = config.hidden_size, config.kv_lora_rank
         query_rows = self._heads * config.qk_head_dim
@@ -81,70 +83,86 @@ class MLA:
         expanded = self._heads * (config.qk_nope_head_dim + config.v_head_dim)
         self._kv_b = weights.linear("kv_b_proj", expanded, latent)
         self._o = weights.linear("o_proj", hidden, self._heads * config.v_head_dim)
-        # Of absorbed attention, prepared once: (H, qk_nope, kv_lora_rank) and (H, v, kv_lora_rank).
+        # Of absorbed attention, prepared once: (H, qk_nope, kv_lora_rank) and (H, kv_lora_rank, v).
         expand = self._kv_b.dequantized(weights.dtype).view(self._heads, -1, config.kv_lora_rank)
-        self._w_uk, self._w_uv = expand.split([config.qk_nope_head_dim, config.v_head_dim], 1)
+        self._w_uk, w_uv = expand.split([config.qk_nope_head_dim, config.v_head_dim], 1)
+        self._w_uv = w_uv.transpose(1, 2)
 
-    def __call__(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+    @property
+    def quantizes(self) -> ScaleFmt | None:
+        """Scales of the activations it is to be called on; None if it takes them as they are."""
+        return self._into.quantizes
+
+    def __call__(self, x: ops.Normed, batch: Batch, cache: KVCache) -> torch.Tensor:
         """(T, hidden) -> (T, hidden); the new tokens are put into the cache."""
         config = self._config
         query_width = config.q_lora_rank or self._heads * config.qk_head_dim
-        query, latent, key = self._into(x).split(
-            [query_width, config.kv_lora_rank, config.qk_rope_head_dim], -1
+        query, compressed = self._into.on(x).split(
+            [query_width, config.kv_lora_rank + config.qk_rope_head_dim], -1
         )
         if config.q_lora_rank is not None:
-            query = self._q_b(rms_norm(query, self._q_norm, _LATENT_EPS))
+            scale_fmt = self._q_b.quantizes
+            normed = ops.rms_norm(
+                query, self._q_norm, _LATENT_EPS, scale_fmt=scale_fmt, plain=scale_fmt is None
+            )
+            query = self._q_b.on(normed)
         query = query.view(-1, self._heads, config.qk_head_dim)
-        nope, rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        rope = self._rotary(rope, batch.positions)
-        latent = rms_norm(latent, self._kv_norm, _LATENT_EPS)
-        key = self._rotary(key[:, None], batch.positions)[:, 0]
-        tokens = cache.tokens[self._layer]
-        tokens[batch.rows, batch.positions] = torch.cat([latent, key], -1).to(tokens.dtype)
+        slots = CacheSlots(cache.tokens[self._layer], batch.rows, batch.positions)
+        ops.mla_prologue(query, compressed, self._kv_norm, _LATENT_EPS, self._table, slots)
         if batch.spans is None:
-            out = self._absorbed(nope, rope, batch, tokens)
+            out = self._absorbed(query, slots, batch.longest)
         else:
-            out = self._naive(torch.cat([nope, rope], -1), batch.spans, tokens)
+            out = self._naive(query, batch.spans, slots.tokens)
         return self._o(out.flatten(1))
 
     def _naive(
         self, query: torch.Tensor, spans: tuple[tuple[int, int, int], ...], tokens: torch.Tensor
     ) -> torch.Tensor:
-        """Query (T, H, qk_head_dim) -> (T, H, v_head_dim), sequence by sequence."""
-        config, out, first = self._config, [], 0
-        for row, before, new in spans:
-            latent, rope = (
-                tokens[row, : before + new]
-                .to(query.dtype)
-                .split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-            )
-            expanded = self._kv_b(latent).view(-1, self._heads, config.qk_nope_head_dim + config.v_head_dim)
-            nope, value = expanded.split([config.qk_nope_head_dim, config.v_head_dim], -1)
-            key = torch.cat([nope, rope[:, None].expand(-1, self._heads, -1)], -1)
-            # A token sees those up to its own: the mask is that of the last rows of a square.
-            mask = None
-            if before:
-                mask = torch.ones(new, before + new, dtype=torch.bool, device=query.device).tril(before)
-            queries, key, value = (
-                each.transpose(0, 1)[None] for each in (query[first : first + new], key, value)
-            )
-            attended = F.scaled_dot_product_attention(
-                queries, key, value, mask, is_causal=mask is None, scale=config.softmax_scale
-            )
-            out.append(attended[0].transpose(0, 1))
-            first += new
-        return torch.cat(out)
-
-    def _absorbed(
-        self, nope: torch.Tensor, rope: torch.Tensor, batch: Batch, tokens: torch.Tensor
-    ) -> torch.Tensor:
-        """One query a sequence, (B, H, qk_nope) and (B, H, qk_rope), -> (B, H, v_head_dim)."""
+        """Query (T, H, qk_head_dim) -> (T, H, v_head_dim); all that is cached is expanded at once."""
         config = self._config
-        seen = tokens[batch.rows, : batch.longest].to(nope.dtype)
-        query = torch.cat([torch.einsum("bhn,hnc->bhc", nope, self._w_uk), rope], -1)
-        scores = torch.einsum("bhc,btc->bht", query, seen).float() * config.softmax_scale
-        place = torch.arange(batch.longest, device=scores.device)
-        scores = scores.masked_fill(place > batch.positions[:, None, None], -torch.inf)
-        weights = scores.softmax(-1).to(nope.dtype)
-        mean = torch.einsum("bht,btc->bhc", weights, seen[..., : config.kv_lora_rank])
-        return torch.einsum("bhc,hvc->bhv", mean, self._w_uv)
+        seen = torch.cat([tokens[row, : before + new] for row, before, new in spans]).to(query.dtype)
+        latent, rope = seen.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        expanded = self._kv_b(latent).view(-1, self._heads, config.qk_nope_head_dim + config.v_head_dim)
+        nope, value = expanded.split([config.qk_nope_head_dim, config.v_head_dim], -1)
+        key = torch.cat([nope, rope[:, None].expand(-1, self._heads, -1)], -1)
+        out, first, first_key = [], 0, 0
+        for (before, new), same in groupby(spans, lambda span: span[1:]):
+            count, length = len(list(same)), before + new
+            queries = query[first : first + count * new].unflatten(0, (count, new))
+            keys, values = (
+                each[first_key : first_key + count * length].unflatten(0, (count, length))
+                for each in (key, value)
+            )
+            out.append(self._attend(queries, keys, values, before).flatten(0, 1))
+            first, first_key = first + count * new, first_key + count * length
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, before: int
+    ) -> torch.Tensor:
+        """Queries (B, new, H, d) that follow `before` tokens to keys and values (B, before + new, H, d)."""
+        # A token sees those up to its own: the mask is that of the last rows of a square.
+        mask = None
+        if before:
+            shape = query.shape[1], key.shape[1]
+            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(before)
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            mask,
+            is_causal=mask is None,
+            scale=self._config.softmax_scale,
+        )
+        return attended.transpose(1, 2)
+
+    def _absorbed(self, query: torch.Tensor, slots: CacheSlots, longest: int) -> torch.Tensor:
+        """Single queries (B, H, qk_head_dim) -> (B, H, v_head_dim)."""
+        config = self._config
+        nope, rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
+        latent = torch.bmm(nope.transpose(0, 1), self._w_uk).transpose(0, 1)
+        mean = ops.mla_decode(latent, rope, slots, config.softmax_scale, longest)
+        out = query.new_empty(*query.shape[:2], config.v_head_dim)
+        torch.bmm(mean.transpose(0, 1), self._w_uv, out=out.transpose(0, 1))
+        return out

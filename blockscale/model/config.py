@@ -19,7 +19,7 @@ from blockscale.checkpoint.model_config import CONFIG_NAME, parse_config
 from blockscale.errors import BlockscaleError
 from blockscale.formats import QUANTIZATION_KEYS, parse_quantization_config
 from blockscale.model.architecture import ModelConfig, Yarn, checked_config
-from blockscale.model.model_args import MODEL_ARGS, from_deepseek
+from blockscale.model.model_args import MODEL_ARGS, from_deepseek, gives_precision, with_precision
 
 __all__ = ["ModelConfig", "Yarn", "from_deepseek", "from_huggingface", "load_config"]
 
@@ -57,7 +57,7 @@ _ALIASES = {
 # What config.json says under the same name: not of rotary embeddings, and its `dtype` is another.
 _COMMON = frozenset(ModelConfig.model_fields) - {
     *("rope_theta", "rope_scaling"),
-    *("dtype", "scale_fmt", "weight_block_size"),
+    *("dtype", "scale_fmt", "weight_block_size", "precision"),
 }
 _NULLABLE = frozenset({"q_lora_rank", "n_routed_experts", "n_shared_experts"})
 # Keys with one value that can be honoured.
@@ -103,8 +103,12 @@ _OTHER = frozenset(
 ).union(QUANTIZATION_KEYS)
 
 
-def load_config(path: str | os.PathLike[str]) -> ModelConfig:
+def load_config(path: str | os.PathLike[str], own: ModelConfig | None = None) -> ModelConfig:
     """Read a Hugging Face config.json, a folder that has one, or DeepSeek's own config file.
+
+    Args:
+        path: the file or folder.
+        own: of the checkpoint, for a file that says precisions instead of sizes; see `with_precision`.
 
     Raises:
         BlockscaleError: the file cannot be read, is neither of the two, or says what cannot be honoured.
@@ -120,6 +124,8 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
         ) from error
     if "model_type" in values or "hidden_size" in values:
         return from_huggingface(values, where=file)
+    if gives_precision(values):
+        return with_precision(values, own, where=file)
     if values.keys() & (MODEL_ARGS.keys() - ModelConfig.model_fields.keys()):
         return from_deepseek(values, where=file)
     raise BlockscaleError(

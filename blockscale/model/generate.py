@@ -1,7 +1,8 @@
 """Text from a model: prompts of different lengths at once, one token a step for all.
 
 Prompts are read in pieces of bounded size, several in one call where they fit; after that every call has one
-token of each sequence that goes on.
+token of each sequence that goes on. On a GPU the host is a step behind: it looks at the tokens of a step
+while the device computes the next one from them, which is thrown away where a sequence has ended.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import torch
 
 from blockscale.errors import BlockscaleError
 from blockscale.model.attention import Batch, KVCache
+from blockscale.model.decode import decoder
 from blockscale.model.transformer import Transformer
 
 _PREFILL_TOKENS = 8192  # of one call: bounds the memory of activations
-_LOOK_STEP = 256  # absorbed attention looks at a multiple of this many tokens
 
 
 @dataclass(frozen=True)
@@ -69,27 +70,50 @@ def generate(
     stops = frozenset(model.config.eos_token_id if stop is None else stop)
     choose = _chooser(sampling or Sampling(), model.device)
     cache = model.cache(len(prompts), longest)
+    decode = decoder(model, cache)
     results: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
-    logits = prefill(model, cache, prompts)
+    upcoming = choose(prefill(model, cache, prompts)) if running and max_new_tokens else None
     for step in range(max_new_tokens):
-        if not running:
+        if upcoming is None or not running:
             break
-        tokens = choose(logits).tolist()
+        tokens, of, host = upcoming, running, _OnHost(upcoming)
+        lengths = [len(prompts[number]) + step + 1 for number in of]
+        ahead = host.is_late and step + 1 < max_new_tokens
+        upcoming = choose(decode(of, tokens, lengths)) if ahead else None
         going_on = []
-        for number, token in zip(running, tokens, strict=True):
+        for place, (number, token) in enumerate(zip(of, host.values(), strict=True)):
             if token in stops:
                 continue
             results[number].append(token)
             if on_token is None or not on_token(number, token):
-                going_on.append(number)
-        running = going_on
-        if not running or step + 1 == max_new_tokens:
+                going_on.append(place)
+        running = [of[place] for place in going_on]
+        if step + 1 == max_new_tokens or not running:
             break
-        last = [results[number][-1] for number in running]
-        lengths = [len(prompts[number]) + len(results[number]) for number in running]
-        logits = decode(model, cache, running, last, lengths)
+        if upcoming is None:
+            upcoming = choose(decode(running, tokens[going_on], [lengths[place] for place in going_on]))
+        elif len(going_on) < len(of):
+            upcoming = upcoming[going_on]
     return results
+
+
+class _OnHost:
+    """Tokens on their way to the host, which waits for them and for nothing that was started later."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.is_late = tokens.is_cuda
+        self._tokens = tokens
+        if self.is_late:
+            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._tokens.copy_(tokens, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def values(self) -> list[int]:
+        if self.is_late:
+            self._arrived.synchronize()
+        return self._tokens.tolist()
 
 
 def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -119,17 +143,6 @@ def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]
     if piece:
         run()
     return model.logits(torch.stack([last[row] for row in range(len(prompts))]))
-
-
-def decode(
-    model: Transformer, cache: KVCache, rows: Sequence[int], tokens: Sequence[int], lengths: Sequence[int]
-) -> torch.Tensor:
-    """One more token of the sequences in `rows`, which then have `lengths` tokens; logits (B, vocab_size)."""
-    longest = min(-(-max(lengths) // _LOOK_STEP) * _LOOK_STEP, cache.positions)
-    ids, positions, places = torch.tensor(
-        [list(tokens), [length - 1 for length in lengths], list(rows)], device=model.device
-    )
-    return model.logits(model(Batch(ids, positions, places, None, longest), cache))
 
 
 def _batch(tokens: list[int], spans: list[tuple[int, int, int]], device: torch.device) -> Batch:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from blockscale import ops
-from blockscale.formats import BlockFP8
+from blockscale.formats import BlockFP8, ScaleFmt
 
 Compute = Literal["fp8", "high"]
 _DEFAULT = BlockFP8()
@@ -46,6 +46,18 @@ class Linear:
     def is_fp8(self) -> bool:
         """Whether products run on quantized activations."""
         return self.scale is not None and self.compute == "fp8" and self.fmt.block_size == (GROUP, GROUP)
+
+    @property
+    def quantizes(self) -> ScaleFmt | None:
+        """Scales of the activations that it multiplies; None if it takes activations as they are."""
+        return self.fmt.scale_fmt if self.is_fp8 else None
+
+    def on(self, x: ops.Normed) -> torch.Tensor:
+        """The product with a norm, quantized as `quantizes` says; (T, N), of the dtype of the norm."""
+        if x.codes is None or x.scale is None:
+            assert x.y is not None
+            return self(x.y)
+        return self.multiply(x.codes, x.scale, x.hidden.dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(T, K) -> (T, N), of the dtype of x."""

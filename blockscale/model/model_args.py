@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from blockscale.checkpoint.precision import FORMATS, Precision
 from blockscale.errors import BlockscaleError
 from blockscale.model.architecture import ModelConfig, checked_config
 
@@ -44,6 +45,10 @@ MODEL_ARGS: dict[str, tuple[str, Any]] = {
     "beta_slow": ("rope_scaling.beta_slow", 1),
     "mscale": ("rope_scaling.mscale_all_dim", 1.0),
 }
+# Sizes in whose place a file may give the precision of the layers that have them. Shared experts, which are
+# `n_shared_experts` times as wide as a routed one, go with the rest of the model.
+SIZED_ROLES = {"moe_inter_dim": "experts", "inter_dim": "dense_mlp"}
+_NO_SIZES = {"dtype", "scale_fmt"}
 _NAMES = {path: name for name, (path, _) in MODEL_ARGS.items()}
 
 
@@ -87,6 +92,51 @@ def from_deepseek(
     if config.max_position_embeddings > config.rope_scaling.original_max_position_embeddings:
         return config
     return config.model_copy(update={"rope_scaling": None})
+
+
+def gives_precision(values: Mapping[str, Any]) -> bool:
+    """Whether a parsed file sets precisions: one in place of a size, or nothing but what they are made of."""
+    return any(values.get(name) in FORMATS for name in SIZED_ROLES) or (
+        "dtype" in values and values.keys() <= _NO_SIZES
+    )
+
+
+def with_precision(values: Mapping[str, Any], own: ModelConfig | None, *, where: object) -> ModelConfig:
+    """The architecture of a file that `gives_precision`, as in {"dtype": "bf16", "moe_inter_dim": "fp8"}.
+
+    `dtype`, if it is there, is the precision of all that no size names, `scale_fmt` the format of what is
+    quantized. A file without other keys changes the checkpoint's own config; with others it is a whole one,
+    and only the sizes that it lacks come from there. How weights are stored, the checkpoint's config says.
+
+    Args:
+        values: the parsed file.
+        own: what the checkpoint's config.json describes, None if it has none.
+        where: what messages call the file.
+
+    Raises:
+        BlockscaleError: there is no config.json to take sizes from, or `from_deepseek` refuses the rest.
+    """
+    roles = {name: role for name, role in SIZED_ROLES.items() if values.get(name) in FORMATS}
+    if own is None:
+        raise BlockscaleError(
+            f"{next(iter(roles), 'dtype')} is a precision, and sizes are missing",
+            where=where,
+            expected="a config.json beside the weights, which has them",
+            got="none",
+            remedy="put it there, or give the sizes here and the precision by --precision",
+        )
+    rest = {name: value for name, value in values.items() if name not in roles}
+    if rest.keys() <= _NO_SIZES:
+        config = checked_config({**dict(own), **rest}, where, _NAMES, rest.keys())
+    else:
+        sizes = {name: getattr(own, MODEL_ARGS[name][0]) for name in roles}
+        config = from_deepseek({**rest, **sizes}, where=where)
+    entries = [("default", rest["dtype"])] if "dtype" in rest else []
+    entries += [(role, values[name]) for name, role in roles.items()]
+    stored = {name: getattr(own, name) for name in ("dtype", "weight_block_size")}
+    if "scale_fmt" not in rest:
+        stored["scale_fmt"] = own.scale_fmt
+    return config.model_copy(update={**stored, "precision": Precision(tuple(entries))})
 
 
 def _check_known(values: Mapping[str, Any], where: object) -> None:

@@ -8,94 +8,164 @@ import torch
 import torch.nn.functional as F
 
 from blockscale import ops
+from blockscale.formats import ScaleFmt
 from blockscale.model.architecture import ModelConfig
 from blockscale.model.linear import GROUP, Linear
-from blockscale.model.weights import Weights
-from blockscale.reference.fused import silu_mul
+from blockscale.model.weights import Parallel, Weights
+from blockscale.reference.routing import Routing
+
+_FEW_TOKENS = 128  # up to which every expert gets room for all, and rows that count are not padded
 
 
 class MLP:
-    """down(silu(gate x) * up x), from `gate_proj`, `up_proj` and `down_proj`."""
+    """down(silu(gate x) * up x)."""
 
-    def __init__(self, weights: Weights, hidden: int, width: int) -> None:
-        self._gate_up, self._down = weights.gate_up_down(hidden, width)
+    def __init__(self, gate_up: Linear | Parallel, down: Linear) -> None:
+        self._gate_up, self._down = gate_up, down
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def reads(self) -> tuple[ScaleFmt | None, bool]:
+        """Scales of the activations it is to be called on, or None, and whether it wants them plain."""
+        return self._gate_up.quantizes, self._gate_up.quantizes is None
+
+    def __call__(self, x: ops.Normed) -> torch.Tensor:
         """(T, hidden) -> (T, hidden)."""
-        hidden = self._gate_up(x)
+        hidden = self._gate_up.on(x)
         if not self._down.is_fp8:
-            return self._down(silu_mul(hidden))
+            return self._down(ops.silu_mul(hidden))
         scale_fmt = self._down.fmt.scale_fmt
-        return self._down.multiply(*ops.silu_mul_quantize(hidden, GROUP, scale_fmt, "column"), x.dtype)
+        return self._down.multiply(*ops.silu_mul_quantize(hidden, GROUP, scale_fmt, "column"), hidden.dtype)
 
 
 class Router:
-    """Which experts a token goes to, and with what weights; all in float32.
+    """Which experts a token goes to, and with what weights; all in float32."""
 
-    Scores are a sigmoid or softmax of the router's logits. A correction bias, where the checkpoint has one,
-    counts in the choice and not in the weights. Experts stand in groups: of a group counts the sum of its two
-    best (with a correction bias) or its best, and only experts of the best groups are chosen.
-    """
-
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self._config = config
+    def __init__(self, config: ModelConfig, weights: Weights, shared: int) -> None:
         experts, hidden, wide = config.n_routed_experts, config.hidden_size, torch.float32
-        self._weight = weights.tensor("gate.weight", experts, hidden, dtype=wide)
+        weight = weights.tensor("gate.weight", experts, hidden, dtype=wide)
+        # Of BF16 factors tensor cores make exact products, which they add up in float32.
+        narrow = weight.to(weights.dtype)
+        exact = weight.is_cuda and weights.dtype == torch.bfloat16 and torch.equal(narrow.to(wide), weight)
+        self._weight = narrow if exact else weight
         self._bias = None
         if config.topk_method == "noaux_tc":
             self._bias = weights.tensor("gate.e_score_correction_bias", experts, dtype=wide)
+        self.routing = Routing(
+            topk=config.num_experts_per_tok,
+            scoring=config.scoring_func,
+            groups=1 if config.topk_method == "greedy" else config.n_group,
+            topk_group=config.topk_group,
+            group_best=1 if self._bias is None else 2,
+            normalize=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+            shared=shared,
+        )
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(T, hidden) -> experts int64 (T, topk) and their weights float32 (T, topk)."""
-        config = self._config
-        logits = F.linear(x.float(), self._weight)
-        scores = logits.sigmoid() if config.scoring_func == "sigmoid" else logits.softmax(-1)
-        choice = scores if self._bias is None else scores + self._bias
-        if config.n_group > 1 and config.topk_method != "greedy":
-            grouped = choice.view(len(choice), config.n_group, -1)
-            best = grouped.topk(1 if self._bias is None else 2).values.sum(-1)
-            chosen = best.topk(config.topk_group, sorted=False).indices
-            out = torch.ones_like(best, dtype=torch.bool).scatter(1, chosen, value=False)
-            choice = grouped.masked_fill(out[..., None], -torch.inf).flatten(1)
-        experts = choice.topk(config.num_experts_per_tok, sorted=False).indices
-        weights = scores.gather(1, experts)
-        if config.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return experts, weights * config.routed_scaling_factor
+        """(T, hidden) -> experts int32 (T, topk + shared) and their weights float32 of the same shape."""
+        if self._weight.dtype == torch.float32:
+            logits = F.linear(x.float(), self._weight)
+        else:
+            logits = torch.mm(x, self._weight.t(), out_dtype=torch.float32)
+        return ops.moe_route(logits, self._bias, self.routing)
 
 
 class MoE:
-    """Routed experts, and shared ones that every token goes to, from the tensors under `mlp`."""
+    """Routed experts, and shared ones that every token goes to, from the tensors under `mlp`.
+
+    Shared experts of the routed ones' format are computed with them, as experts that are always chosen.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self._experts = config.n_routed_experts
-        self._router = Router(config, weights)
-        hidden, width, shared = config.hidden_size, config.moe_intermediate_size, config.n_shared_experts
-        self._gate_up, self._down = weights.experts(self._experts, hidden, width)
-        self._shared = MLP(weights.at("shared_experts"), hidden, shared * width) if shared else None
+        hidden, width, count = config.hidden_size, config.moe_intermediate_size, config.n_shared_experts
+        shared = weights.at("shared_experts").gate_up_down(hidden, count * width) if count else None
+        self._gate_up, self._down = weights.experts(config.n_routed_experts, hidden, width, shared)
+        self._experts = len(self._gate_up.weight)
+        together = self._experts > config.n_routed_experts
+        self._router = Router(config, weights, count if together else 0)
+        self._shared = None if shared is None or together else MLP(*shared)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def reads(self) -> tuple[ScaleFmt | None, bool]:
+        """Scales of the activations it is to be called on, or None, and whether it wants them plain."""
+        return self._gate_up.quantizes if self._is_fp8 else None, True
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host waits for the device in a call: where experts are dequantized one by one."""
+        return not self._is_fp8 and (self._gate_up.scale is not None or self._down.scale is not None)
+
+    @property
+    def _is_fp8(self) -> bool:
+        return self._gate_up.is_fp8 and self._down.is_fp8
+
+    def __call__(self, x: ops.Normed) -> torch.Tensor:
         """(T, hidden) -> (T, hidden)."""
-        experts, weights = self._router(x)
-        routed = self._routed(x, experts, weights)
-        return routed if self._shared is None else routed + self._shared(x)
-
-    def _routed(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        gate_up, down = self._gate_up, self._down
-        if gate_up.is_fp8 and down.is_fp8:
-            codes, scale = gate_up.quantize(x)
-            moved = ops.moe_permute(codes, experts, self._experts, scale)
-            hidden = _grouped(moved.rows, moved.scale, gate_up, moved.m_indices, x.dtype)
-            codes, scale = ops.silu_mul_quantize(hidden, GROUP, down.fmt.scale_fmt, "column")
-            rows = _grouped(codes, scale, down, moved.m_indices, x.dtype)
+        assert x.y is not None
+        experts, weights = self._router(x.y)
+        if self._is_fp8:
+            few = len(experts) <= _FEW_TOKENS
+            rows, positions = self._few(x, experts) if few else self._many(x, experts)
         else:
-            moved = ops.moe_permute(x, experts, self._experts, alignment=1)
-            hidden = _by_expert(moved.rows, gate_up, moved.m_indices)
-            rows = _by_expert(silu_mul(hidden), down, moved.m_indices)
-        return ops.moe_unpermute(rows, moved.positions, weights)
+            rows, positions = self._high(x.y, experts)
+        routed = ops.moe_unpermute(rows, positions, weights)
+        if self._shared is None:
+            return routed
+        return routed + self._shared(x if self._shared.reads[0] == self.reads[0] else x._replace(codes=None))
+
+    def _few(self, x: ops.Normed, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the chosen experts' outputs, and where those of each token are."""
+        assert x.codes is not None
+        gate_up, down = self._gate_up, self._down
+        moved = ops.moe_permute_masked(x.codes, experts, self._experts, x.scale)
+        typical = max(1, experts.numel() // self._experts)
+        hidden = _masked(moved.rows, moved.scale, gate_up, moved.masked_m, typical, x.hidden.dtype)
+        codes, scale = ops.silu_mul_quantize(
+            hidden.flatten(0, 1), GROUP, down.fmt.scale_fmt, "column", rows=moved.positions
+        )
+        room = moved.rows.shape[:2]
+        codes, scale = codes.unflatten(0, room), scale.unflatten(0, room)
+        rows = _masked(codes, scale, down, moved.masked_m, typical, x.hidden.dtype)
+        return rows.flatten(0, 1), moved.positions
+
+    def _many(self, x: ops.Normed, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, rows of an expert together and padded."""
+        assert x.codes is not None
+        gate_up, down = self._gate_up, self._down
+        moved = ops.moe_permute(x.codes, experts, self._experts, x.scale)
+        hidden = _contiguous(moved.rows, moved.scale, gate_up, moved.m_indices, x.hidden.dtype)
+        codes, scale = ops.silu_mul_quantize(
+            hidden, GROUP, down.fmt.scale_fmt, "column", rows=moved.positions
+        )
+        rows = _contiguous(codes, scale, down, moved.m_indices, x.hidden.dtype)
+        return rows, moved.positions
+
+    def _high(self, x: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with activations as they are."""
+        moved = ops.moe_permute(x, experts, self._experts, alignment=1)
+        multiply = _by_expert if self.waits else _grouped
+        hidden = multiply(moved.rows, self._gate_up, experts)
+        return multiply(ops.silu_mul(hidden), self._down, experts), moved.positions
 
 
-def _grouped(
+def _masked(
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    layer: Linear,
+    masked_m: torch.Tensor,
+    typical: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """FP8 product of (E, Mmax, K) with the experts' weights: (E, Mmax, N) in `dtype`."""
+    assert scale is not None
+    assert layer.scale is not None
+    out = torch.empty(*codes.shape[:2], layer.weight.shape[1], dtype=dtype, device=codes.device)
+    return ops.m_grouped_fp8_gemm_nt_masked(
+        codes, scale, layer.weight, layer.scale, masked_m, typical, out=out
+    )
+
+
+def _contiguous(
     codes: torch.Tensor,
     scale: torch.Tensor | None,
     layer: Linear,
@@ -109,12 +179,17 @@ def _grouped(
     return ops.m_grouped_fp8_gemm_nt_contiguous(codes, scale, layer.weight, layer.scale, m_indices, out=out)
 
 
-def _by_expert(rows: torch.Tensor, layer: Linear, m_indices: torch.Tensor) -> torch.Tensor:
-    """The same with weights in high precision, expert by expert; the host waits for the segments."""
-    out = rows.new_zeros(rows.shape[0], layer.weight.shape[1])
-    counts = torch.bincount(m_indices[m_indices >= 0], minlength=layer.weight.shape[0])
-    first = 0
-    for expert, count in enumerate(counts.tolist()):
+def _grouped(rows: torch.Tensor, layer: Linear, experts: torch.Tensor) -> torch.Tensor:
+    """Product of rows (M, K), sorted by expert, with weights as they are stored: (M, N)."""
+    numbers = torch.arange(len(layer.weight), device=rows.device)
+    ends = (experts.view(-1, 1) <= numbers).sum(0, dtype=torch.int32)
+    return F.grouped_mm(rows, layer.weight.transpose(1, 2), offs=ends)
+
+
+def _by_expert(rows: torch.Tensor, layer: Linear, experts: torch.Tensor) -> torch.Tensor:
+    """The same with weights dequantized one by one; the host waits for how many rows an expert has."""
+    out, first = rows.new_zeros(rows.shape[0], layer.weight.shape[1]), 0
+    for expert, count in enumerate(torch.bincount(experts.flatten(), minlength=len(layer.weight)).tolist()):
         if count:
             scale = None if layer.scale is None else layer.scale[expert]
             one = replace(layer, weight=layer.weight[expert], scale=scale, compute="high")

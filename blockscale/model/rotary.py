@@ -12,6 +12,7 @@ import math
 import torch
 
 from blockscale.model.architecture import ModelConfig
+from blockscale.reference.attention import RotaryTable
 
 
 def frequencies(config: ModelConfig) -> torch.Tensor:
@@ -33,22 +34,10 @@ def frequencies(config: ModelConfig) -> torch.Tensor:
     return plain / yarn.factor * stretched + plain * (1 - stretched)
 
 
-class Rotary:
-    """Tables of cos and sin of every position that the config allows."""
-
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
-        angle = positions[:, None] * frequencies(config)
-        scale = config.rope_attention_scale
-        self._cos, self._sin = (scale * angle.cos()).to(device), (scale * angle.sin()).to(device)
-        self._interleaved = config.rope_interleave
-
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Turn x (T, H, d) by its positions (T,); first members of all pairs come first in the result.
-
-        Pairs are neighbours in x, or halves of it where the config says so. Queries and keys get the same
-        order, and only their products matter. cos and sin are rounded to the dtype of x first.
-        """
-        cos, sin = self._cos[positions, None].to(x.dtype), self._sin[positions, None].to(x.dtype)
-        first, second = (x[..., 0::2], x[..., 1::2]) if self._interleaved else x.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+def rotary_table(config: ModelConfig, device: torch.device) -> RotaryTable:
+    """cos and sin of every position that the config allows."""
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+    angle = positions[:, None] * frequencies(config)
+    scale = config.rope_attention_scale
+    cos, sin = (scale * angle.cos()).to(device), (scale * angle.sin()).to(device)
+    return RotaryTable(cos, sin, config.rope_interleave)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blockscale.checkpoint.index import TensorEntry, read_index
+from blockscale import ops
+from blockscale.checkpoint.index import TensorEntry
+from blockscale.checkpoint.precision import AS_STORED, Precision
 from blockscale.checkpoint.source import Source
 from blockscale.checkpoint.strips import dtype_of
-from blockscale.errors import BlockscaleError, CorruptCheckpointError, MissingScaleError
+from blockscale.errors import BlockscaleError, CorruptCheckpointError, MissingScaleError, NonFiniteError
 from blockscale.formats import BlockFP8, scale_name
 from blockscale.model.linear import Compute, Linear
 
@@ -27,29 +29,41 @@ FP8 = torch.float8_e4m3fn
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Store:
-    """A checkpoint that is open, and what was read of it."""
+    """Tensors by Hugging Face's names, and what was read of them.
+
+    Attributes:
+        tensors: name -> entry.
+        bytes_of: the bytes of an entry, on any device.
+        read: names that were asked for.
+        formats: linear layers by the dtype of their weights, after conversion.
+        converted: how many were "quantized" or "dequantized" on the way.
+    """
+
+    tensors: Mapping[str, TensorEntry]
+    bytes_of: Callable[[TensorEntry], torch.Tensor]
+    read: set[str] = field(default_factory=set)
+    formats: Counter[torch.dtype] = field(default_factory=Counter)
+    converted: Counter[str] = field(default_factory=Counter)
+
+
+class Files:
+    """The bytes of entries of a checkpoint's files."""
 
     def __init__(self, source: Source) -> None:
-        """Read its headers.
-
-        Raises:
-            CorruptCheckpointError: a header or the index is wrong.
-        """
-        self.source, self.index = source, read_index(source)
-        self.read: set[str] = set()
-        self.formats: Counter[torch.dtype] = Counter()
-        self._files: dict[str, np.memmap] = {}
+        self._source = source
+        self._mapped: dict[str, np.memmap] = {}
 
     def bytes_of(self, entry: TensorEntry) -> torch.Tensor:
-        """The bytes of a tensor; of a local file a view of it, not yet in memory."""
-        if not self.source.is_local:
-            data = bytearray(self.source.read(entry.file, entry.start, entry.nbytes))
+        """Bytes of a tensor; of a local file a view of it, not yet in memory."""
+        if not self._source.is_local:
+            data = bytearray(self._source.read(entry.file, entry.start, entry.nbytes))
             return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        if entry.file not in self._files:
+        if entry.file not in self._mapped:
             # Private: PyTorch wants memory that could be written to.
-            self._files[entry.file] = np.memmap(self.source.path(entry.file), np.uint8, "c")
-        return torch.from_numpy(self._files[entry.file][entry.start : entry.end])
+            self._mapped[entry.file] = np.memmap(self._source.path(entry.file), np.uint8, "c")
+        return torch.from_numpy(self._mapped[entry.file][entry.start : entry.end])
 
 
 @dataclass(frozen=True)
@@ -63,6 +77,7 @@ class Weights:
         compute: how FP8 weights are multiplied, see `Linear`.
         on_missing_scale: refuse an FP8 weight without a scale, or use its values as they are.
         prefix: put before every name.
+        precision: that linear layers are converted to; without one they stay as stored.
     """
 
     store: Store
@@ -72,6 +87,7 @@ class Weights:
     compute: Compute = "fp8"
     on_missing_scale: Literal["error", "keep"] = "error"
     prefix: str = ""
+    precision: Precision = AS_STORED
 
     def at(self, name: str) -> Weights:
         """The same, for names below `name`."""
@@ -79,7 +95,7 @@ class Weights:
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has this tensor."""
-        return self.prefix + name in self.store.index.tensors
+        return self.prefix + name in self.store.tensors
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor in the dtype of the model, or in `dtype`.
@@ -95,15 +111,21 @@ class Weights:
         Raises:
             CorruptCheckpointError: a missing tensor or a wrong shape, of the weight or of its scale.
             MissingScaleError: an FP8 weight without a scale.
+            BlockscaleError: a weight with NaN or Inf that is to be quantized.
         """
         weight_name = f"{name}.weight"
         weight = self._read(weight_name, (rows, columns))
         bias = self.tensor(f"{name}.bias", rows) if self.has(f"{name}.bias") else None
-        self.store.formats[weight.dtype] += 1
         scale = self._scale(weight_name, weight) if weight.dtype == FP8 else None
+        weight, scale = self._converted(
+            self.prefix + weight_name,
+            weight.to(self.device),
+            None if scale is None else scale.to(self.device),
+        )
+        self.store.formats[weight.dtype] += 1
         if scale is None:
-            return Linear(weight.to(self.device, self.dtype), bias=bias, compute=self.compute)
-        return Linear(weight.to(self.device), scale.to(self.device), self.fmt, bias, self.compute)
+            return Linear(weight.to(self.dtype), bias=bias, compute=self.compute)
+        return Linear(weight, scale, self.fmt, bias, self.compute)
 
     def beside(self, rows: Mapping[str, int], columns: int) -> Linear | Parallel:
         """Layers of the same input, their outputs side by side; rows: of each, by name."""
@@ -129,17 +151,24 @@ class Weights:
             gate, up, down = _rows(gate, more), _rows(up, more), _columns(down, more, self.fmt)
         return _stacked([gate, up]), down
 
-    def experts(self, count: int, hidden: int, width: int) -> tuple[Linear, Linear]:
+    def experts(
+        self, count: int, hidden: int, width: int, shared: tuple[Linear | Parallel, Linear] | None = None
+    ) -> tuple[Linear, Linear]:
         """As gate_up_down of `experts.0` to `experts.{count - 1}`, with weights (E, N, K).
+
+        Behind them stand the shared ones, of gate_up_down, if they come apart into experts like these.
 
         Raises:
             CorruptCheckpointError: experts of one layer differ in format.
         """
         first = self.at("experts.0").gate_up_down(hidden, width)
-        both = [_room(layer, count, self.prefix) for layer in first]
-        for expert in range(count):
-            layers = first
-            if expert > 0:
+        more = [] if shared is None else _apart(shared, first)
+        both = [_room(layer, count + len(more), self.prefix) for layer in first]
+        for expert in range(count + len(more)):
+            layers: tuple[Linear | Parallel, Linear] = first
+            if expert >= count:
+                layers = more[expert - count]
+            elif expert > 0:
                 layers = self.at(f"experts.{expert}").gate_up_down(hidden, width)
             for room, layer in zip(both, layers, strict=True):
                 _fill(room, layer, expert, f"{self.prefix}experts.{expert}")
@@ -156,9 +185,27 @@ class Weights:
         counts = ", ".join(f"{count} in {name}" for name, count in sorted(formats.items()))
         block = "x".join(map(str, self.fmt.block_size))
         scaled = f"; FP8 blocks of {block}, {self.fmt.scale_fmt} scales" if self.has_fp8 else ""
-        unused = [name for name in self.store.index.tensors if name not in self.store.read]
+        moved = "".join(f"; {count} {how} at load" for how, count in sorted(self.store.converted.items()))
+        unused = [name for name in self.store.tensors if name not in self.store.read]
         left = f"; {len(unused)} tensors not used, the first {unused[0]}" if unused else ""
-        return f"linear layers: {counts}{scaled}{left}"
+        return f"linear layers: {counts}{scaled}{moved}{left}"
+
+    def _converted(
+        self, where: str, weight: torch.Tensor, scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A weight and its scale in the precision that `where` is to have."""
+        wanted = self.precision.precision_of(where)
+        if wanted == "fp8" and weight.dtype != FP8:
+            self.store.converted["quantized"] += 1
+            try:
+                return ops.quantize_weight(weight, self.fmt.block_size, self.fmt.scale_fmt)
+            except NonFiniteError as error:
+                what = f"{error.count} NaN or Inf, which FP8 scales cannot represent"
+                raise BlockscaleError(what, where=where, remedy="leave it out of the precision") from error
+        if wanted == "bf16" and scale is not None:
+            self.store.converted["dequantized"] += 1
+            return ops.dequantize_weight(weight, scale, self.fmt.block_size, dtype=self.dtype), None
+        return weight, scale
 
     def _scale(self, name: str, weight: torch.Tensor) -> torch.Tensor | None:
         stored = scale_name(name)
@@ -183,7 +230,7 @@ class Weights:
 
     def _read(self, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:
         full = self.prefix + name
-        entry = self.store.index.tensors.get(full)
+        entry = self.store.tensors.get(full)
         remedy = "does the config belong to this checkpoint?"
         if entry is None:
             raise CorruptCheckpointError("tensor is missing", where=full, remedy=remedy)
@@ -200,6 +247,12 @@ class Parallel:
     """Layers of the same input that cannot be one, for their formats or block edges; outputs side by side."""
 
     layers: tuple[Linear, ...]
+    quantizes: ClassVar[None] = None  # each layer does that for itself
+
+    def on(self, x: ops.Normed) -> torch.Tensor:
+        """The product with a norm that is not quantized."""
+        assert x.y is not None
+        return self(x.y)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(T, K) -> (T, N), the sum of all N."""
@@ -237,6 +290,41 @@ def _columns(layer: Linear, more: int, fmt: BlockFP8) -> Linear:
     weight = F.pad(layer.weight.view(torch.uint8), (0, more)).view(FP8)
     missing = fmt.scale_shape(tuple(weight.shape))[1] - layer.scale.shape[1]
     return replace(layer, weight=weight, scale=F.pad(layer.scale, (0, missing), value=1.0))
+
+
+def _apart(
+    wide: tuple[Linear | Parallel, Linear], like: tuple[Linear | Parallel, Linear]
+) -> list[tuple[Linear, Linear]]:
+    """Experts `like` one, of gate_up_down, that a wide one is the sum of; none where their formats differ.
+
+    Nor where FP8 blocks reach over the edge between two of them, which filling up with zeros shows.
+    """
+    (gate_up, down), (one, one_down) = wide, like
+    if isinstance(gate_up, Parallel) or isinstance(one, Parallel) or gate_up.bias is not None:
+        return []
+    size = one.weight.shape[0] // 2
+    rows, columns = one.fmt.block_size if one.scale is not None else (1, 1)
+    formats = {(layer.weight.dtype, layer.scale is None) for layer in (one, one_down, gate_up, down)}
+    if len(formats) > 1 or gate_up.weight.shape[0] % (2 * size) or size % rows or size % columns:
+        return []
+    count = gate_up.weight.shape[0] // (2 * size)
+    return [
+        (
+            _stacked([_part(gate_up, number + side * count, size, rows, 0) for side in (0, 1)]),
+            _part(down, number, size, columns, 1),
+        )
+        for number in range(count)
+    ]
+
+
+def _part(layer: Linear, number: int, size: int, block: int, dim: int) -> Linear:
+    """`size` rows (dim 0) or columns (dim 1) from number * size on; whole blocks if there are scales."""
+    raw = layer.weight if layer.scale is None else layer.weight.view(torch.uint8)
+    weight = raw.narrow(dim, number * size, size).contiguous().view(layer.weight.dtype)
+    if layer.scale is None:
+        return replace(layer, weight=weight)
+    blocks = size // block
+    return replace(layer, weight=weight, scale=layer.scale.narrow(dim, number * blocks, blocks).contiguous())
 
 
 def _room(layer: Linear | Parallel, count: int, where: str) -> Linear:

@@ -8,25 +8,34 @@ from blockscale.ops.gemm import (
     m_grouped_fp8_gemm_nt_masked,
 )
 from blockscale.ops.gemm_dispatch import GemmBackend
-from blockscale.ops.moe_permute import moe_permute, moe_unpermute
+from blockscale.ops.mla import mla_decode, mla_prologue
+from blockscale.ops.moe_permute import moe_permute, moe_permute_masked, moe_unpermute
+from blockscale.ops.moe_route import moe_route
 from blockscale.ops.nonfinite import find_nonfinite, flag_nonfinite
 from blockscale.ops.quantize_activation import quantize_activation
 from blockscale.ops.quantize_weight import quantize_weight
-from blockscale.ops.rms_norm_quantize import rms_norm_quantize
-from blockscale.ops.silu_mul_quantize import silu_mul_quantize
+from blockscale.ops.rms_norm_quantize import Normed, rms_norm, rms_norm_quantize
+from blockscale.ops.silu_mul_quantize import silu_mul, silu_mul_quantize
 
 __all__ = [
     "GemmBackend",
+    "Normed",
     "dequantize_weight",
     "find_nonfinite",
     "flag_nonfinite",
     "fp8_gemm_nt",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
+    "mla_decode",
+    "mla_prologue",
     "moe_permute",
+    "moe_permute_masked",
+    "moe_route",
     "moe_unpermute",
     "quantize_activation",
     "quantize_weight",
+    "rms_norm",
     "rms_norm_quantize",
+    "silu_mul",
     "silu_mul_quantize",
 ]

@@ -7,7 +7,7 @@ import torch
 from blockscale.ops import dispatch
 from blockscale.reference import moe
 from blockscale.reference.fp8 import empty_scale
-from blockscale.reference.moe import ROW_ALIGNMENT, Permuted
+from blockscale.reference.moe import ROW_ALIGNMENT, Permuted, PermutedMasked
 
 
 def moe_permute(
@@ -53,6 +53,50 @@ def moe_permute(
         scales = None if scale is None or row_scale is None else (scale.detach(), row_scale)
         kernels.scatter(dispatch.as_rows(x), positions, rows, scales)
     return Permuted(rows, row_scale, m_indices, positions)
+
+
+def moe_permute_masked(
+    x: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_experts: int,
+    scale: torch.Tensor | None = None,
+    *,
+    backend: dispatch.Backend = "auto",
+) -> PermutedMasked:
+    """Copy every token's row (and scales) to the rooms of its experts; for few tokens, in one kernel.
+
+    Args:
+        x: (T, K), float8_e4m3fn, BF16, F16 or F32; rows at any stride.
+        expert_ids: int32 or int64 (T, topk), distinct for a token; a slot outside 0 .. num_experts - 1 gets
+            no row.
+        num_experts: E.
+        scale: float32 (T, G), scales of x, any strides.
+        backend: "auto" takes the fastest that works for the tensors' device.
+
+    Returns:
+        PermutedMasked: rows (E, Mmax, K) with room for all tokens at every expert, scale, masked_m (E,) and
+        positions (T, topk).
+
+    Raises:
+        BlockscaleError: wrong dtype, shape or device, unknown backend.
+    """
+    op = "moe_permute_masked"
+    moe.check_permute(op, x, expert_ids, num_experts, scale)
+    kernels = dispatch.triton_kernels(op, "permute_masked", x.device, backend)
+    if kernels is None or not expert_ids.numel():
+        return moe.moe_permute_masked(x, expert_ids, num_experts, scale)
+    room, device = moe.expert_room(x.shape[0]), x.device
+    rows = torch.empty((num_experts, room, x.shape[1]), dtype=x.dtype, device=device)
+    row_scale = None
+    if scale is not None:
+        row_scale = empty_scale((num_experts * room, scale.shape[1]), "column", device)
+        row_scale = row_scale.view(num_experts, room, -1)
+    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+    positions = torch.empty(expert_ids.shape, dtype=torch.int32, device=device)
+    scale = None if scale is None else scale.detach()
+    outputs = rows, row_scale, counts, positions
+    kernels.permute_masked(dispatch.as_rows(x), scale, expert_ids.contiguous(), outputs)
+    return PermutedMasked(rows, row_scale, counts, positions)
 
 
 def moe_unpermute(

@@ -1,8 +1,9 @@
-"""RMSNorm and its quantization: the fast form of `blockscale.reference.fused.rms_norm_quantize`."""
+"""RMSNorm, and its quantization on the way: the fast forms of those of `blockscale.reference.fused`."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,7 @@ from blockscale.reference import fused
 from blockscale.reference.fp8 import ScaleLayout, empty_scale
 
 _OP = "rms_norm_quantize"
+_GROUP = 128  # what the GEMMs read; where nothing is quantized, how a row lies in registers
 
 
 def rms_norm_quantize(
@@ -58,13 +60,68 @@ def rms_norm_quantize(
     scale = empty_scale((*x.shape[:-1], math.ceil(x.shape[-1] / group_size)), scale_layout, x.device)
     added = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        k = x.shape[-1]
-        kernels.rms_norm_quantize(
-            (dispatch.as_rows(x), None if residual is None else dispatch.as_rows(residual)),
-            weight.detach().contiguous(),
-            eps,
-            (codes.view(-1, k), rows_of_scale(scale), None if added is None else added.view(-1, k)),
-            group_size,
-            fmt.scale_fmt == "ue8m0",
-        )
+        outputs = kernels.Outputs(codes, rows_of_scale(scale), None, added)
+        kernels.rms_norm_quantize(x, residual, weight, eps, outputs, fmt)
     return (codes, scale) if added is None else (codes, scale, added)
+
+
+class Normed(NamedTuple):
+    """A normalized row, as its readers want it.
+
+    Attributes:
+        y: (..., K), of the dtype of x, or None if nobody asked for it.
+        hidden: (..., K), x + residual, or x itself without one.
+        codes, scale: of y, as `quantize_activation(y, 128, scale_fmt, "column")`, or None.
+    """
+
+    y: torch.Tensor | None
+    hidden: torch.Tensor
+    codes: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+    scale_fmt: ScaleFmt | None = None,
+    *,
+    plain: bool = True,
+    backend: dispatch.Backend = "auto",
+) -> Normed:
+    """rms_norm(x + residual) * weight, plain or quantized in groups of 128 or both, in one pass on the GPU.
+
+    Args:
+        x: (..., K); BF16, F16 or F32; need not be contiguous.
+        weight: (K,), of the dtype of x.
+        eps: added to the mean square.
+        residual: of the shape and dtype of x, added first.
+        scale_fmt: quantize with such scales; None to leave it.
+        plain: whether the norm is wanted as it is.
+        backend: "auto" takes the fastest that works for the tensor's device.
+
+    Raises:
+        BlockscaleError: wrong dtype, shape or device, unknown scale format or backend.
+    """
+    fused.check_norm("rms_norm", x, weight, residual)
+    fmt = BlockFP8((1, _GROUP), scale_fmt or "float32")
+    kernels = dispatch.triton_kernels("rms_norm", _OP, x.device, backend)
+    if kernels is None or not kernels.fits(x.shape[-1], _GROUP):
+        hidden = x if residual is None else fused.add_residual(x, residual)
+        normed = fused.rms_norm(hidden, weight, eps)
+        if scale_fmt is None:
+            return Normed(normed, hidden)
+        return Normed(
+            normed, hidden, *quantize_activation(normed, _GROUP, scale_fmt, "column", backend=backend)
+        )
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if plain else None
+    added = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    codes, scale = None, None
+    if scale_fmt is not None:
+        codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+        scale = empty_scale((*x.shape[:-1], math.ceil(x.shape[-1] / _GROUP)), "column", x.device)
+    if x.numel():
+        flat = None if scale is None else rows_of_scale(scale)
+        kernels.rms_norm_quantize(x, residual, weight, eps, kernels.Outputs(codes, flat, y, added), fmt)
+    return Normed(y, x if added is None else added, codes, scale)

@@ -1,4 +1,4 @@
-"""SwiGLU and its quantization: the fast form of `blockscale.reference.fused.silu_mul_quantize`."""
+"""SwiGLU, and its quantization on the way: the fast forms of those of `blockscale.reference.fused`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from blockscale.reference import fused
 from blockscale.reference.fp8 import ScaleLayout, empty_scale
 
 _OP = "silu_mul_quantize"
+_ANY_GROUP = 128  # how a row is cut where nothing is quantized
 
 
 def silu_mul_quantize(
@@ -21,6 +22,7 @@ def silu_mul_quantize(
     scale_fmt: ScaleFmt = "float32",
     scale_layout: ScaleLayout = "row",
     *,
+    rows: torch.Tensor | None = None,
     backend: dispatch.Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """E4M3 codes and float32 scales of silu(gate) * up, one pass over memory on the GPU.
@@ -32,6 +34,8 @@ def silu_mul_quantize(
         group_size: G; the last group of a row is the remainder.
         scale_fmt: "float32", or "ue8m0" for scales rounded up to powers of two.
         scale_layout: "row" or "column", as quantize_activation.
+        rows: int32, any shape: the only rows of a two-dimensional x that need results (negative ones are
+            passed over); what the others get is undefined. `positions` of a permutation are such rows.
         backend: "auto" takes the fastest that works for the tensor's device.
 
     Returns:
@@ -51,5 +55,35 @@ def silu_mul_quantize(
     scale = empty_scale((*shape[:-1], math.ceil(shape[-1] / group_size)), scale_layout, x.device)
     if codes.numel():
         q, s = codes.view(-1, shape[-1]), rows_of_scale(scale)
-        kernels.silu_mul_quantize(dispatch.as_rows(x), q, s, group_size, fmt.scale_fmt == "ue8m0")
+        chosen = None if rows is None else rows.contiguous()
+        kernels.silu_mul_quantize(dispatch.as_rows(x), q, s, group_size, fmt.scale_fmt == "ue8m0", chosen)
     return codes, scale
+
+
+def silu_mul(
+    x: torch.Tensor, *, rows: torch.Tensor | None = None, backend: dispatch.Backend = "auto"
+) -> torch.Tensor:
+    """silu(gate) * up in float32, rounded to the dtype of x; one pass over memory on the GPU.
+
+    Args:
+        x: (..., 2I), gate and up side by side; BF16, F16 or F32; need not be contiguous.
+        rows: as of silu_mul_quantize.
+        backend: "auto" takes the fastest that works for the tensor's device.
+
+    Returns:
+        (..., I), of the dtype of x.
+
+    Raises:
+        BlockscaleError: wrong dtype or shape, unknown backend.
+    """
+    op = "silu_mul"
+    fused.check_gate_up(op, x)
+    kernels = dispatch.triton_kernels(op, _OP, x.device, backend)
+    if kernels is None:
+        return fused.silu_mul(x)
+    out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+    if out.numel():
+        chosen = None if rows is None else rows.contiguous()
+        flat = out.view(-1, out.shape[-1])
+        kernels.silu_mul_quantize(dispatch.as_rows(x), flat, None, _ANY_GROUP, False, chosen)
+    return out

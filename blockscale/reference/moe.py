@@ -39,6 +39,28 @@ class Permuted:
     positions: torch.Tensor
 
 
+@dataclass(frozen=True)
+class PermutedMasked:
+    """Rows in a room of their own for every expert, and the way back.
+
+    Attributes:
+        rows: (E, Mmax, K), of the dtype of the tokens; Mmax from expert_room.
+        scale: (E, Mmax, G) float32, strides (Mmax, 1, E * Mmax), or None if there was none.
+        masked_m: int32 (E,), rows of every expert that count; what the others hold is undefined.
+        positions: int32 (T, topk), e * Mmax + i of each slot, -1 where it has none.
+    """
+
+    rows: torch.Tensor
+    scale: torch.Tensor | None
+    masked_m: torch.Tensor
+    positions: torch.Tensor
+
+
+def expert_room(tokens: int) -> int:
+    """Mmax for tokens that go to an expert once at most: a multiple of 4, so that scales are aligned."""
+    return -(-tokens // 4) * 4
+
+
 def permuted_rows(slots: int, num_experts: int, alignment: int = ROW_ALIGNMENT) -> int:
     """M that suffices for any routing of `slots` rows, known without looking at it."""
     return (slots + min(slots, num_experts) * (alignment - 1)) // alignment * alignment
@@ -83,6 +105,38 @@ def moe_permute(
         row_scale = empty_scale((rows, scale.shape[1]), "column", x.device).zero_()
         row_scale[row] = scale.detach()[token]
     return Permuted(permuted, row_scale, m_indices, positions.view(expert_ids.shape))
+
+
+def moe_permute_masked(
+    x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int, scale: torch.Tensor | None = None
+) -> PermutedMasked:
+    """Copy every token's row (and scales) to the rooms of its experts, in order of (t, j).
+
+    Args:
+        x: (T, K), float8_e4m3fn, BF16, F16 or F32.
+        expert_ids: int32 or int64 (T, topk), distinct for a token; a slot outside 0 .. num_experts - 1 gets
+            no row.
+        num_experts: E.
+        scale: float32 (T, G), scales of x, any strides.
+    """
+    room = expert_room(x.shape[0])
+    sorted_ = moe_permute(x, expert_ids, num_experts, scale, alignment=1)
+    expert = sorted_.m_indices
+    here = expert >= 0
+    counts = torch.bincount(expert[here].long(), minlength=num_experts)
+    first = counts.cumsum(0) - counts
+    index = torch.arange(len(expert), device=x.device)
+    place = torch.where(here, expert * room + index - first[expert.long()], 0).long()
+    rows = torch.zeros((num_experts * room, x.shape[1]), dtype=x.dtype, device=x.device)
+    rows.view(torch.uint8)[place[here]] = sorted_.rows.view(torch.uint8)[here]
+    row_scale = None
+    if sorted_.scale is not None:
+        row_scale = empty_scale((num_experts * room, sorted_.scale.shape[1]), "column", x.device).zero_()
+        row_scale[place[here]] = sorted_.scale[here]
+        row_scale = row_scale.view(num_experts, room, -1)
+    taken = sorted_.positions >= 0
+    positions = torch.where(taken, place[sorted_.positions.clamp(min=0).long()], -1).to(torch.int32)
+    return PermutedMasked(rows.view(num_experts, room, -1), row_scale, counts.to(torch.int32), positions)
 
 
 def moe_unpermute(rows: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 
 from blockscale import Recipe, RunOptions, dequantize_checkpoint, ops, quantize_checkpoint
 from blockscale.checkpoint import commit, engine, workspace
+from blockscale.checkpoint.shard import shard_checkpoint
 from blockscale.errors import BlockscaleError
 
 CHANGES = ("pwrite", "fsync", "replace", "remove", "unlink", "rmdir", "mkdir", "truncate")
@@ -72,6 +73,8 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["command"] == "quantize":
             report = quantize_checkpoint(request["src"], request["dst"], Recipe(**request["recipe"]), run=run)
+        elif request["command"] == "convert":
+            report = shard_checkpoint(request["src"], request["dst"], 2, run=run)
         else:
             report = dequantize_checkpoint(request["src"], request["dst"], run=run)
     except BlockscaleError as error:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from blockscale.checkpoint.ranks import read_rank_index
+from blockscale.checkpoint.source import open_source
+from blockscale.errors import BlockscaleError
 from tests import data
 
 RECIPE = {"scale_fmt": "ue8m0"}
@@ -144,6 +147,50 @@ def test_killed_while_replacing_another_model_which_stays_loadable_until_the_com
         assert crash(source, target, overwrite=True).get("error") is None
         assert data.contents(target) == new | mine, f"step {step}"
     assert states == {"old", "neither", "new"}
+
+
+def _ranks(folder):
+    """The bytes of every tensor of both ranks as a reader finds them, or None if it is refused."""
+    try:
+        source = open_source(folder)
+        found = [read_rank_index(source, rank, 2).tensors for rank in (0, 1)]
+    except BlockscaleError:
+        return None
+    return [
+        {name: source.read(entry.file, entry.start, entry.nbytes) for name, entry in tensors.items()}
+        for tensors in found
+    ]
+
+
+def test_shards_for_ranks_are_never_a_mixture(tmp_path, crash):
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 1}
+    names = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.down_proj.weight")
+    old = data.Model({name: data.weight(name, 8, 8) for name in names}, config, FILES)
+    new = data.Model({name: tensor + 1 for name, tensor in old.tensors.items()}, config, FILES)
+    sources = {name: data.write(tmp_path / name, model) for name, model in (("old", old), ("new", new))}
+    for name, source in sources.items():
+        crash(source, tmp_path / f"whole {name}", command="convert")
+    expected = data.contents(tmp_path / "whole new")
+    states = {"old": _ranks(tmp_path / "whole old"), "new": _ranks(tmp_path / "whole new"), "neither": None}
+    shutil.copytree(tmp_path / "whole old", tmp_path / "count")
+    steps = crash(sources["new"], tmp_path / "count", command="convert", overwrite=True)["steps"]
+    for replaced in (False, True):
+        seen = set()
+        for step in range(1, steps + 1, 2):
+            target = tmp_path / f"{step} {replaced}"
+            if replaced:
+                shutil.copytree(tmp_path / "whole old", target)
+            options = {"command": "convert", "overwrite": replaced}
+            if "steps" in crash(sources["new"], target, kill_at=step, **options):
+                break  # without old files there is less to do
+            found = _ranks(target)
+            assert found in states.values(), f"step {step}: a mixture"
+            seen.add(next(name for name, state in states.items() if state == found))
+            visible = _visible(target)
+            assert replaced or visible.items() <= expected.items(), f"step {step}: half-made file"
+            crash(sources["new"], target, **options)
+            assert data.contents(target) == expected, f"step {step}: another result than without the kill"
+        assert seen == ({"old", "neither", "new"} if replaced else {"neither", "new"})
 
 
 def test_killed_over_and_over(tmp_path, crash, sources):

@@ -10,6 +10,7 @@ import torch
 
 from blockscale import reference
 from blockscale.checkpoint.convert import quantize_checkpoint
+from blockscale.checkpoint.shard import shard_checkpoint
 from blockscale.metrics import calc_diff
 from blockscale.testing.asserts import assert_bitwise_equal
 from blockscale.testing.data import gaussian
@@ -49,6 +50,23 @@ def test_the_kernels_are_those_of_the_reference(kernel, scale_fmt, dtype):
     exact = reference.fp8_gemm_nt(a.view(6, 256), a_s.view(6, 2), b, b_s, out_dtype=torch.float32)
     assert calc_diff(product.view(6, 160).float(), exact) < 1e-5
     assert_bitwise_equal(wide, reference.dequantize_weight(b, b_s, dtype=dtype))
+
+
+def test_convert_for_two_ranks(tmp_path, monkeypatch, capsys):
+    source = data.write(tmp_path / "source", data.deepseek_v3())
+    paths = ("--hf-ckpt-path", source, "--save-path", tmp_path / "out")
+    assert run(monkeypatch, "convert.py", *paths, "--n-experts", 4, "--model-parallel", 2, "--no-mtp") == 0
+    shard_checkpoint(source, tmp_path / "same", 2, mtp=False)
+    assert data.contents(tmp_path / "out") == data.contents(tmp_path / "same")
+    capsys.readouterr()
+    wrong = ("--n-experts", 8, "--model-parallel", 2)
+    assert run(monkeypatch, "convert.py", *paths, *wrong) == 2
+    assert capsys.readouterr().err.endswith("argument --n-experts: config.json says 4, not 8\n")
+    (source / "config.json").write_text("{")
+    assert run(monkeypatch, "convert.py", *paths, "--n-experts", 4, "--model-parallel", 2) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"{source}/config.json: is not JSON")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.skipif(not data.TINY_DEEPSEEK.is_dir(), reason=f"no {data.TINY_DEEPSEEK.name} here")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from blockscale.model.attention import Batch
-from blockscale.model.generate import decode, generate, prefill
+from blockscale.model.decode import decode
+from blockscale.model.generate import generate, prefill
 from blockscale.model.load import load_model
 from tests import data
 from tests.model import models
@@ -67,7 +68,7 @@ def test_absorbed_attention_is_naive_attention(pair):
     cache = ours.cache(1, 300)
     prefill(ours, cache, [sequence[:1]])
     for length in range(2, len(sequence) + 1):
-        step = decode(ours, cache, [0], [sequence[length - 1]], [length])
+        step = decode(ours, cache, [0], torch.tensor([sequence[length - 1]]), [length])
     torch.testing.assert_close(step[0], models.logits(theirs, sequence)[-1], rtol=0, atol=LIMIT)
 
 

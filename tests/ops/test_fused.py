@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from blockscale.errors import BlockscaleError
-from blockscale.ops.rms_norm_quantize import rms_norm_quantize
-from blockscale.ops.silu_mul_quantize import silu_mul_quantize
+from blockscale.ops.rms_norm_quantize import rms_norm, rms_norm_quantize
+from blockscale.ops.silu_mul_quantize import silu_mul, silu_mul_quantize
 from blockscale.reference import fused
 from blockscale.testing import data
 from blockscale.testing.asserts import assert_bitwise_equal, assert_quantized_equal
@@ -99,6 +99,45 @@ def test_rms_norm_of_rows_that_are_zero_tiny_huge_or_not_finite(device):
             *on(device, x, norm_weight(256)), eps, residual=residual.to(device), backend="triton"
         )
         assert_norm_equal(back(got), fused.rms_norm_quantize(x, norm_weight(256), eps, residual=residual))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul_as_it_is(device, dtype):
+    x = gate_up((5, 300), dtype)
+    assert_bitwise_equal(silu_mul(x.to(device), backend="triton").cpu(), fused.silu_mul(x), "silu * up")
+
+
+def test_silu_mul_of_the_rows_that_count(device):
+    x, rows = gate_up((30, 256)), torch.tensor([[3, -1], [29, 7]], dtype=torch.int32)
+    some = [3, 7, 29]
+    expected, scale = fused.silu_mul_quantize(x, 64)
+    got = silu_mul_quantize(x.to(device), 64, scale_layout="column", rows=rows.to(device), backend="triton")
+    assert_quantized_equal((got[0].cpu()[some], got[1].cpu()[some]), (expected[some], scale[some]))
+    plain = silu_mul(x.to(device), rows=rows.to(device), backend="triton")
+    assert_bitwise_equal(plain.cpu()[some], fused.silu_mul(x)[some], "silu * up")
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("scale_fmt", [None, *SCALE_FMTS])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm_as_its_readers_want_it(device, with_residual, scale_fmt, plain):
+    if scale_fmt is None and not plain:
+        return  # nothing is asked for
+    x, weight = data.gaussian((3, 640), torch.bfloat16), norm_weight(640)
+    residual = data.gaussian(x.shape, torch.bfloat16, seed=1) if with_residual else None
+    moved = None if residual is None else residual.to(device)
+    got = rms_norm(*on(device, x, weight), 1e-6, moved, scale_fmt, plain=plain, backend="triton")
+    hidden = x if residual is None else fused.add_residual(x, residual)
+    y = fused.rms_norm(hidden, weight)
+    assert_bitwise_equal(got.hidden.cpu(), hidden, "x + residual")
+    assert (got.y is None) == (not plain)
+    if plain:
+        assert_bitwise_equal(got.y.cpu(), y, "norm")
+    assert (got.codes is None) == (scale_fmt is None)
+    if scale_fmt is not None:
+        assert in_layout(got.scale, "column")
+        expected = fused.rms_norm_quantize(hidden, weight, scale_fmt=scale_fmt)
+        assert_quantized_equal(back((got.codes, got.scale)), expected)
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockscale.errors import BlockscaleError
-from blockscale.ops.moe_permute import moe_permute, moe_unpermute
+from blockscale.ops.moe_permute import moe_permute, moe_permute_masked, moe_unpermute
 from blockscale.reference import moe, quantize_activation
 from blockscale.testing import data
 from blockscale.testing.asserts import assert_bitwise_equal
@@ -152,3 +152,34 @@ def test_bad_arguments_are_named():
         moe_permute(x, expert_ids, 2, backend="cuda")
     with pytest.raises(BlockscaleError, match="moe_unpermute: weights: bad dtype"):
         moe_unpermute(x, expert_ids.int(), expert_ids)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "topk", "experts", "columns"), [(1, 8, 66, 48), (9, 3, 10, 96), (128, 8, 20, 32)]
+)
+def test_a_room_for_every_expert(device, tokens, topk, experts, columns):
+    codes, scale = quantize_activation(data.gaussian((tokens, columns)), 16, scale_layout="column")
+    expert_ids = routing(tokens, topk, experts).int()
+    expert_ids[0, 0] = -1
+    expected = moe.moe_permute_masked(codes, expert_ids, experts, scale)
+    got = moe_permute_masked(*on(device, codes, expert_ids), experts, scale.to(device), backend="triton")
+    assert_bitwise_equal(got.masked_m.cpu(), expected.masked_m, "masked_m")
+    assert_bitwise_equal(got.positions.cpu(), expected.positions, "positions")
+    assert got.rows.shape == (experts, -(-tokens // 4) * 4, columns)
+    assert got.scale.stride() == expected.scale.stride()
+    valid = torch.arange(got.rows.shape[1]) < expected.masked_m[:, None]
+    assert_bitwise_equal(got.rows.cpu()[valid], expected.rows[valid], "rows")
+    assert_bitwise_equal(got.scale.cpu()[valid], expected.scale[valid], "scale")
+    flat = expected.rows.flatten(0, 1)
+    for token in range(tokens):
+        for position in expected.positions[token].tolist():
+            if position >= 0:
+                assert_bitwise_equal(flat[position], codes[token], "a token's row")
+
+
+def test_a_room_holds_high_precision_rows_too(device):
+    x, expert_ids = data.gaussian((5, 24), torch.bfloat16), routing(5, 2, 3)
+    got = moe_permute_masked(*on(device, x, expert_ids), 3, backend="triton")
+    back = moe_unpermute(got.rows.flatten(0, 1), got.positions, torch.full((5, 2), 0.5, device=device))
+    assert got.scale is None
+    assert_bitwise_equal(back.cpu(), x, "half of a row twice")

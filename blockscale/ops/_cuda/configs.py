@@ -18,6 +18,7 @@ KINDS: tuple[Kind, ...] = ("dense", "contiguous", "masked")
 BLOCK_K = 128
 _SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks per multiprocessor
 _MAX_STAGES = 8
+MOST_EXPERTS = 512  # of masked few rows, whose counts a block keeps
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,8 @@ class FewTile:
 
     @property
     def _fixed_bytes(self) -> int:
-        """Shared memory besides the stages: the staged tile, always float32, and two barriers."""
-        return self.rows * (self.block_n + 4) * 4 + 16
+        """Shared memory besides the stages: the staged tile, always float32, two barriers, experts' rows."""
+        return self.rows * (self.block_n + 4) * 4 + 16 + MOST_EXPERTS * 8
 
     def stages(self, out_float32: bool) -> int:
         """Stages that fit."""
@@ -195,7 +196,7 @@ class FewTile:
         constants = {
             "BT": self.rows, "WGS": self.warpgroups, "WAVES": self.waves, "SPLITS": self.splits,
             "STAGES": self.stages(out_float32), "OCCUPANCY": self.occupancy,
-            "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32,
+            "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32, "MOST_EXPERTS": MOST_EXPERTS,
         }  # fmt: skip
         return "fp8_gemm_few.cu", {"config.cuh": _constants(constants), "wgmma.cuh": wgmma_header(self.rows)}
 
@@ -267,7 +268,7 @@ def choose(kind: Kind, sizes: tuple[int, int, int], experts: int, processors: in
     m, n, k = sizes
     if m <= _FEW_ROWS and kind == "dense":
         return _choose_few(m, n, processors)
-    if m <= _FEW_ROWS and kind == "masked":
+    if m <= _FEW_ROWS and kind == "masked" and experts <= MOST_EXPERTS:
         rows = _padded(m)  # experts fill the machine by themselves
         return FewTile(rows) if rows <= 64 else FewTile(rows, warpgroups=2, waves=1, occupancy=1)
 

@@ -21,31 +21,64 @@ struct Tile {
   int m0, n0, expert, rows;
 };
 
+// Of masked rows: an expert's, and how many tiles there are up to and with its own. Blocks look for a tile's
+// expert here, for walking through all counts in memory took as long as the products of a few rows.
+struct Ranges {
+  int rows[MOST_EXPERTS], ends[MOST_EXPERTS];
+};
+
+__device__ __forceinline__ int tiles_down(int rows) { return (rows + BT - 1) / BT; }
+
+// Called by all threads; the next barrier of the block publishes the result.
+__device__ __forceinline__ void find_ranges(const Problem& problem, Ranges& ranges) {
+  for (int e = threadIdx.x; e < problem.experts; e += MATH_THREADS + 32) ranges.rows[e] = load_int(problem.layout + e);
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  int before = 0;
+  for (int first = 0; first < problem.experts; first += 32) {
+    const int e = first + threadIdx.x;
+    int tiles = e < problem.experts ? tiles_down(ranges.rows[e]) * problem.n_tiles : 0;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int others = __shfl_up_sync(0xffffffff, tiles, step);
+      if (threadIdx.x >= step) tiles += others;
+    }
+    if (e < problem.experts) ranges.ends[e] = before + tiles;
+    before += __shfl_sync(0xffffffff, tiles, 31);
+  }
+}
+
 struct Scheduler {
   const Problem& problem;
+  const Ranges& ranges;
   int index, step;
-  int expert = 0, before = 0;
+  int expert = 0;
 
-  __device__ explicit Scheduler(const Problem& p)
-      : problem(p), index(blockIdx.x / SPLITS), step(gridDim.x / SPLITS) {}
+  __device__ Scheduler(const Problem& p, const Ranges& r)
+      : problem(p), ranges(r), index(blockIdx.x / SPLITS), step(gridDim.x / SPLITS) {}
 
   // Tiles that share rows of b follow one another: those rows come from memory once.
   __device__ __forceinline__ bool take(Tile& tile) {
-    int m_tiles = problem.m_tiles;
+    int m_tiles = problem.m_tiles, local = index;
     tile.rows = problem.m;
     if constexpr (KIND == 2) {
-      while (true) {
-        if (expert >= problem.experts) return false;
-        tile.rows = load_int(problem.layout + expert);
-        m_tiles = (tile.rows + BT - 1) / BT;
-        if (index < before + m_tiles * problem.n_tiles) break;
-        before += m_tiles * problem.n_tiles;
-        ++expert;
+      int last = problem.experts - 1;
+      if (index >= ranges.ends[last]) return false;
+      while (expert < last) {  // to the first expert that ends past index
+        const int middle = (expert + last) / 2;
+        if (ranges.ends[middle] > index) {
+          last = middle;
+        } else {
+          expert = middle + 1;
+        }
       }
+      tile.rows = ranges.rows[expert];
+      m_tiles = tiles_down(tile.rows);
+      if (expert > 0) local -= ranges.ends[expert - 1];
     } else if (index >= m_tiles * problem.n_tiles) {
       return false;
     }
-    const int local = index - before, n_tile = local / m_tiles;
+    const int n_tile = local / m_tiles;
     tile.m0 = (local - n_tile * m_tiles) * BT;
     tile.n0 = n_tile * BN;
     tile.expert = expert;
@@ -68,13 +101,14 @@ struct Memory {
   __device__ __forceinline__ u32 written() const { return full(0) + STAGES * 16; }
   __device__ __forceinline__ u32 read() const { return written() + 8; }
 };
+constexpr int RANGES_AT = STAGES * (A_BYTES + B_BYTES + SCALE_BYTES + 16) + BT * LINE * 4 + 16;
 
 // Steps of K that block `rank` of a cluster takes.
 __device__ __forceinline__ int first_step(const Problem& problem, int rank) { return problem.steps * rank / SPLITS; }
 
 __device__ __forceinline__ void feed(const Problem& problem, const TensorMap* a, const TensorMap* b,
-                                     const TensorMap* a_scale, Memory memory, int rank) {
-  Scheduler scheduler(problem);
+                                     const TensorMap* a_scale, const Ranges& ranges, Memory memory, int rank) {
+  Scheduler scheduler(problem, ranges);
   Slot slot;
   Tile tile;
   const int first = first_step(problem, rank), last = first_step(problem, rank + 1);
@@ -139,11 +173,12 @@ __device__ __forceinline__ void meet(u32 barrier, u32 parity) {
   }
 }
 
-__device__ __forceinline__ void multiply(const Problem& problem, Memory memory, int warpgroup, int rank) {
+__device__ __forceinline__ void multiply(const Problem& problem, const Ranges& ranges, Memory memory, int warpgroup,
+                                         int rank) {
   const int lane = threadIdx.x % 32, first_row = warpgroup * WAVES * 64;
   const int my_row = first_row + threadIdx.x % 128 / 32 * 16 + lane / 4, my_column = lane % 4 * 2;
   const int first = first_step(problem, rank), last = first_step(problem, rank + 1);
-  Scheduler scheduler(problem);
+  Scheduler scheduler(problem, ranges);
   Tile tile, next;
   if (!scheduler.take(tile)) return;
   Slot slot;
@@ -242,12 +277,17 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(MATH
   if constexpr (SPLITS > 1) cluster_sync();
   wait_for_previous_kernel();
   admit_next_kernel();
+  Ranges& ranges = *reinterpret_cast<Ranges*>(raw + RANGES_AT);
+  if constexpr (KIND == 2) {
+    find_ranges(problem, ranges);
+    __syncthreads();
+  }
 
   if (warpgroup == WGS) {
-    if (threadIdx.x == MATH_THREADS) feed(problem, &a, &b, &a_scale, memory, rank);
+    if (threadIdx.x == MATH_THREADS) feed(problem, &a, &b, &a_scale, ranges, memory, rank);
     __syncwarp();
   } else {
-    multiply(problem, memory, warpgroup, rank);
+    multiply(problem, ranges, memory, warpgroup, rank);
   }
   // A block must not leave while others of its cluster read its shared memory or signal its barriers.
   if constexpr (SPLITS > 1) cluster_sync();

@@ -2,27 +2,33 @@
 
     h = x + residual        y = dtype(h * rsqrt(mean(h**2) + eps)) * weight        codes, scale = E4M3 of y
 
-x and residual (M, K), rows at any stride; weight (K,); h and codes (M, K) contiguous; scale (M, ceil(K/G)) at
-any strides. A program holds one row in registers. The squares are summed in float64, so the order of
-summation does not show in the float32 sum; every other rounding as in `blockscale/reference/fused.py`.
+x and residual (M, K), rows at any stride; weight (K,); h, y and codes (M, K) contiguous; scale (M, ceil(K/G))
+at any strides; what nobody asks for is not written. A program holds one row in registers. The squares are
+summed in float64, so the order of summation does not show in the float32 sum; every other rounding as in
+`blockscale/reference/fused.py`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from blockscale.formats import BlockFP8
 from blockscale.ops._triton.device import current
 from blockscale.ops._triton.e4m3 import (
     activation_scale,
     converts_to_e4m3,
     magnitude,
+    narrow,
     narrow_canonical,
     scaled_codes,
     through,
     widen,
 )
+from blockscale.ops.dispatch import as_rows
 
 # 32 values a thread, 8 warps for a row of 7168 or 8192: four or more rows in flight on a multiprocessor.
 _VALUES_PER_WARP = 1024
@@ -37,6 +43,7 @@ def _rms_norm_quantize_kernel(
     residual_ptr,
     weight_ptr,
     hidden_ptr,
+    y_ptr,
     codes_ptr,
     scale_ptr,
     columns,
@@ -50,6 +57,8 @@ def _rms_norm_quantize_kernel(
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    QUANTIZES: tl.constexpr,
     POW2: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -72,11 +81,14 @@ def _rms_norm_quantize_kernel(
     normalized = through(hidden * factor, dtype)
     weight = widen(tl.load(weight_ptr + column, mask=mask, other=0.0))
     y = through(normalized * weight, dtype)
-    scale = activation_scale(tl.max(magnitude(y), axis=1), POW2)
-    codes = scaled_codes(y, scale[:, None], CORRECTIONS, POW2, NATIVE)
-    tl.store(codes_ptr + row * columns + column, codes, mask=mask)
-    scale_target = scale_ptr + row * scale_row_stride + group.to(tl.int64) * scale_group_stride
-    tl.store(scale_target, scale, mask=group < groups)
+    if HAS_Y:
+        tl.store(y_ptr + row * columns + column, narrow(y, dtype), mask=mask)
+    if QUANTIZES:
+        scale = activation_scale(tl.max(magnitude(y), axis=1), POW2)
+        codes = scaled_codes(y, scale[:, None], CORRECTIONS, POW2, NATIVE)
+        tl.store(codes_ptr + row * columns + column, codes, mask=mask)
+        scale_target = scale_ptr + row * scale_row_stride + group.to(tl.int64) * scale_group_stride
+        tl.store(scale_target, scale, mask=group < groups)
 
 
 def fits(columns: int, group_size: int) -> bool:
@@ -85,42 +97,53 @@ def fits(columns: int, group_size: int) -> bool:
     return triton.next_power_of_2(groups) * triton.next_power_of_2(group_size) <= LARGEST_ROW
 
 
+class Outputs(NamedTuple):
+    """What to fill: codes and scale, y, and hidden if there is a residual; None for what nobody asks for."""
+
+    codes: torch.Tensor | None
+    scale: torch.Tensor | None
+    y: torch.Tensor | None
+    hidden: torch.Tensor | None
+
+
 def rms_norm_quantize(
-    inputs: tuple[torch.Tensor, torch.Tensor | None],
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
-    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    group_size: int,
-    pow2: bool,
+    outputs: Outputs,
+    fmt: BlockFP8,
 ) -> None:
-    """Fill (codes, scale, hidden) from (x, residual), (M, K) with unit stride along K.
-
-    Residual and hidden are both there or both None.
-    """
-    (x, residual), (codes, scale, hidden) = inputs, outputs
+    """Fill outputs from x and residual (..., K); fmt: (1, G) blocks."""
+    x, group_size = as_rows(x), fmt.block_size[1]
+    residual = None if residual is None else as_rows(residual)
+    codes, scale, y, hidden = outputs
     rows, columns = x.shape
-    groups, width = scale.shape[1], triton.next_power_of_2(group_size)
+    groups, width = triton.cdiv(columns, group_size), triton.next_power_of_2(group_size)
     groups_held = triton.next_power_of_2(groups)
+    strides = (0, 0) if scale is None else scale.stride()
     with current(x.device):
         _rms_norm_quantize_kernel[(rows,)](
             x,
             x if residual is None else residual,
-            weight,
+            weight.detach().contiguous(),
             x if hidden is None else hidden,
-            codes.view(torch.uint8),
-            scale,
+            x if y is None else y,
+            x if codes is None else codes.view(torch.uint8),
+            x if scale is None else scale,
             columns,
             groups,
             x.stride(0),
             x.stride(0) if residual is None else residual.stride(0),
-            scale.stride(0),
-            scale.stride(1),
+            *strides,
             eps,
             GROUP_SIZE=group_size,
             WIDTH=width,
             GROUPS=groups_held,
             HAS_RESIDUAL=residual is not None,
-            POW2=pow2,
+            HAS_Y=y is not None,
+            QUANTIZES=codes is not None,
+            POW2=fmt.scale_fmt == "ue8m0",
             NATIVE=converts_to_e4m3(x.device),
             num_warps=min(_MOST_WARPS, max(1, groups_held * width // _VALUES_PER_WARP)),
         )

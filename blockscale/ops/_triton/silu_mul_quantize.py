@@ -21,6 +21,7 @@ from blockscale.ops._triton.e4m3 import (
     exact_quotient,
     fma,
     magnitude,
+    narrow,
     scaled_codes,
     through,
     widen,
@@ -66,6 +67,7 @@ def silu(x, BF16: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "scale_row_stride", "scale_group_stride"])
 def _silu_mul_quantize_kernel(
     x_ptr,
+    chosen_ptr,
     codes_ptr,
     scale_ptr,
     rows,
@@ -78,46 +80,67 @@ def _silu_mul_quantize_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    QUANTIZES: tl.constexpr,
     POW2: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     CORRECTIONS: tl.constexpr = 2 if dtype == tl.float32 else 1
     row, group = tile_offsets(tiles_across, ROWS, GROUPS)
+    counts = row < rows
+    if CHOSEN:
+        row = tl.load(chosen_ptr + row, mask=counts, other=-1).to(tl.int64)
+        counts = row >= 0
     inside = tl.arange(0, WIDTH)
     column = group[:, None] * GROUP_SIZE + inside[None, :]  # (ROWS * GROUPS, WIDTH)
-    mask = (row < rows)[:, None] & (column < columns) & (inside < GROUP_SIZE)[None, :]
+    mask = counts[:, None] & (column < columns) & (inside < GROUP_SIZE)[None, :]
     source = x_ptr + row[:, None] * x_stride + column
     gate = widen(tl.load(source, mask=mask, other=0.0))
     up = widen(tl.load(source + columns, mask=mask, other=0.0))
     y = through(silu(gate, dtype == tl.bfloat16) * up, dtype)
-    scale = activation_scale(tl.max(magnitude(y), axis=1), POW2)
-    codes = scaled_codes(y, scale[:, None], CORRECTIONS, POW2, NATIVE)
-    tl.store(codes_ptr + row[:, None] * columns + column, codes, mask=mask)
-    tl.store(scale_ptr + row * scale_row_stride + group * scale_group_stride, scale, mask=row < rows)
+    target = codes_ptr + row[:, None] * columns + column
+    if QUANTIZES:
+        scale = activation_scale(tl.max(magnitude(y), axis=1), POW2)
+        tl.store(target, scaled_codes(y, scale[:, None], CORRECTIONS, POW2, NATIVE), mask=mask)
+        tl.store(scale_ptr + row * scale_row_stride + group * scale_group_stride, scale, mask=counts)
+    else:
+        tl.store(target, narrow(y, dtype), mask=mask)
 
 
 def silu_mul_quantize(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, group_size: int, pow2: bool
+    x: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    group_size: int,
+    pow2: bool,
+    chosen: torch.Tensor | None,
 ) -> None:
-    """Fill `codes` (M, I), contiguous, and `scale` (M, ceil(I/G)) from x (M, 2I), unit stride along 2I."""
-    rows, columns = codes.shape
-    tiles = tiling(rows, scale.shape[1], group_size)
+    """Fill `out` (M, I), contiguous, and `scale` (M, ceil(I/G)) from x (M, 2I), unit stride along 2I.
+
+    scale: None leaves the values as they are, and out is of the dtype of x. chosen: int32, contiguous, the
+    only rows to fill, or None for all.
+    """
+    rows, columns = out.shape[0] if chosen is None else chosen.numel(), out.shape[1]
+    tiles = tiling(rows, triton.cdiv(columns, group_size), group_size)
+    strides = (0, 0) if scale is None else scale.stride()
     with current(x.device):
         _silu_mul_quantize_kernel[(tiles.programs,)](
             x,
-            codes.view(torch.uint8),
-            scale,
+            x if chosen is None else chosen,
+            out if scale is None else out.view(torch.uint8),
+            x if scale is None else scale,
             rows,
             columns,
             x.stride(0),
-            scale.stride(0),
-            scale.stride(1),
+            *strides,
             tiles.across,
             GROUP_SIZE=group_size,
             WIDTH=triton.next_power_of_2(group_size),
             ROWS=tiles.rows,
             GROUPS=tiles.groups,
+            CHOSEN=chosen is not None,
+            QUANTIZES=scale is not None,
             POW2=pow2,
             NATIVE=converts_to_e4m3(x.device),
             num_warps=tiles.warps,

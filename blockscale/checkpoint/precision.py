@@ -1,0 +1,150 @@
+"""The precision of linear weights, by what they are: experts in FP8, the rest in BF16.
+
+    {"default": "bf16", "experts": "fp8", "model.layers.0.*": "bf16"}
+
+A key is a role, a shell-style pattern on the full tensor name or module path, or `default`. A pattern beats
+a role, a role beats `default`; of several patterns that match, the last one counts. The output head becomes
+FP8 where it is named, never by `default`. What is no linear weight (norm, router, ...) has no precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from blockscale.checkpoint.names import Role, check_patterns, matches, role_of
+from blockscale.errors import BlockscaleError
+
+# "bf16" is whatever is not quantized: in the source's dtype after a conversion, in the model's once loaded.
+WeightFormat = Literal["fp8", "bf16"]
+FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+ROLES: tuple[Role, ...] = ("attention", "dense_mlp", "shared_experts", "experts", "head")
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Which precision a tensor is to have; see the module for the rule.
+
+    Attributes:
+        entries: (role, pattern or "default", "fp8" or "bf16"), in the order they were given.
+
+    Raises:
+        BlockscaleError: an unknown role or precision, or two of one key.
+    """
+
+    entries: tuple[tuple[str, WeightFormat], ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, wanted in self.entries:
+            _check_key(key)
+            if wanted not in FORMATS:
+                expected = " | ".join(FORMATS)
+                raise BlockscaleError(
+                    "unknown precision", where=f"precision {key}", expected=expected, got=repr(wanted)
+                )
+        keys = [key for key, _ in self.entries]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise BlockscaleError("given twice", where=f"precision {twice}", expected="one value")
+
+    def precision_of(self, name: str) -> WeightFormat | None:
+        """What a tensor of this full name is to be; None leaves it as the checkpoint has it."""
+        role = role_of(name)
+        if role not in (*ROLES, "other"):
+            return None
+        general = [
+            wanted for key, wanted in self.entries if key == DEFAULT and (role, wanted) != ("head", "fp8")
+        ]
+        by_role = [wanted for key, wanted in self.entries if key == role]
+        by_pattern = [wanted for key, wanted in self.entries if _is_pattern(key) and matches(name, key)]
+        found = [*general, *by_role, *by_pattern]
+        return found[-1] if found else None
+
+    @property
+    def asks_for_fp8(self) -> bool:
+        """Whether an entry names something fp8."""
+        return any(wanted == "fp8" for _, wanted in self.entries)
+
+    def over(self, other: Precision) -> Precision:
+        """Both, where `self` counts if the two say different things of one key."""
+        keys = {key for key, _ in self.entries}
+        return Precision((*(entry for entry in other.entries if entry[0] not in keys), *self.entries))
+
+    def spelled(self) -> list[str]:
+        """As `parse_precision` reads it: `["experts=fp8"]`."""
+        return [f"{key}={wanted}" for key, wanted in self.entries]
+
+
+AS_STORED = Precision()
+
+
+def parse_precision(value: object) -> Precision:
+    """A `Precision` from a mapping (`{"experts": "fp8"}`) or texts (`["experts=fp8"]`).
+
+    Raises:
+        BlockscaleError: neither of these, or an unknown role or precision.
+    """
+    if isinstance(value, Precision):
+        return value
+    if isinstance(value, Mapping):
+        return Precision(tuple(value.items()))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return Precision(tuple(_entry(text) for text in value))
+    raise BlockscaleError("bad precision", expected='a mapping, as {"experts": "fp8"}', got=repr(value))
+
+
+def check_followed(precision: Precision, names: Collection[str], reason: Callable[[str], str | None]) -> None:
+    """Refuse a pattern that matches no tensor, and an "fp8" that comes to nothing.
+
+    A role that the model does not have may be set to bf16: a recipe can serve several models.
+
+    Args:
+        precision: what was asked for.
+        names: full names of all tensors.
+        reason: why a tensor does not become FP8, None if it does (or is).
+
+    Raises:
+        BlockscaleError: as said.
+    """
+    check_patterns((key for key, _ in precision.entries if _is_pattern(key)), names)
+    for key, wanted in precision.entries:
+        if wanted != "fp8" or key == DEFAULT:
+            continue
+        named = [name for name in names if (matches(name, key) if _is_pattern(key) else role_of(name) == key)]
+        reasons = [reason(name) for name in named]
+        if None not in reasons:
+            raise BlockscaleError(
+                "nothing becomes FP8 by it",
+                where=f"precision {key}=fp8",
+                expected="linear weights",
+                got=f"{named[0]}: {reasons[0]}" if named else "no tensor of this role",
+                remedy="leave it out, or name something else",
+            )
+
+
+def _entry(text: object) -> tuple[str, Any]:
+    key, equals, wanted = str(text).rpartition("=")
+    if not equals:
+        expected = f"ROLE={'|'.join(FORMATS)} or PATTERN={'|'.join(FORMATS)}"
+        raise BlockscaleError("bad precision", expected=expected, got=repr(text))
+    return key, wanted
+
+
+def _is_pattern(key: str) -> bool:
+    return any(character in key for character in ".*?[")
+
+
+def _check_key(key: str) -> None:
+    if key in (DEFAULT, *ROLES) or _is_pattern(key):
+        return
+    close = get_close_matches(key, ROLES, 1)
+    known = key in get_args(Role)
+    raise BlockscaleError(
+        "role is never quantized and has no precision to set" if known else "unknown role",
+        where=f"precision {key!r}",
+        expected=f"{' | '.join((*ROLES, DEFAULT))}, or a pattern with a dot or a wildcard",
+        remedy=f"did you mean {close[0]}?" if close and not known else None,
+    )

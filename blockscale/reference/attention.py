@@ -1,0 +1,138 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) around its cache.
+
+A token is cached as one latent c (C values, normalized) and one rotary key r (R values) that all heads share.
+What follows the projections is `mla_prologue`, which fills the cache and turns queries, and `mla_decode`,
+which attends to the cache directly:
+
+    scores_h = (q_latent_h . c + q_rope_h . r) * scale        out_h = softmax(scores_h) c
+
+with q_latent_h = W_uk,h^T q_nope,h; the caller multiplies out_h by W_uv,h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from blockscale.errors import BlockscaleError
+from blockscale.reference import checks
+from blockscale.reference.fused import rms_norm
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Rotary embedding of every position.
+
+    Attributes:
+        cos, sin: float32 (positions, R/2).
+        interleaved: pairs are neighbours; otherwise halves of the R values.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool
+
+
+@dataclass(frozen=True)
+class CacheSlots:
+    """A cache of latents and rotary keys, and which tokens of it a call is about.
+
+    Attributes:
+        tokens: (rows, positions, C + R); a row belongs to a sequence.
+        rows: int64 (T,), row of the cache of each token's sequence.
+        positions: int64 (T,), place of each token in its sequence.
+    """
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+    positions: torch.Tensor
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    """Turn x (T, H, R) by its positions (T,), in float32 and rounded once.
+
+    First members of all pairs come first in the result, then the second ones. Queries and keys get the same
+    order, and only their products matter.
+    """
+    cos, sin = table.cos[positions, None], table.sin[positions, None]
+    wide = x.float()
+    first, second = (wide[..., 0::2], wide[..., 1::2]) if table.interleaved else wide.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def mla_prologue(
+    query: torch.Tensor,
+    compressed: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    table: RotaryTable,
+    slots: CacheSlots,
+) -> None:
+    """Turn the rotary part of queries in place and put latents and rotary keys into the cache.
+
+    Args:
+        query: (T, H, D), the last R of D rotary; any strides with unit stride along D.
+        compressed: (T, C + R), latent before its norm and rotary key before its turn.
+        norm: (C,), weight of the latent's RMSNorm.
+        eps: of this norm.
+        table: of the rotary embedding.
+        slots: where the tokens are put.
+    """
+    check_prologue("mla_prologue", query, compressed, norm, slots)
+    positions = slots.positions
+    rope = 2 * table.cos.shape[1]
+    query[..., -rope:] = rotate(query[..., -rope:], positions, table)
+    latent, key = compressed.split([norm.shape[0], rope], -1)
+    key = rotate(key[:, None], positions, table)[:, 0]
+    new = torch.cat([rms_norm(latent, norm, eps), key], -1)
+    slots.tokens[slots.rows, positions] = new.to(slots.tokens.dtype)
+
+
+def mla_decode(
+    latent: torch.Tensor, rope: torch.Tensor, slots: CacheSlots, scale: float, longest: int
+) -> torch.Tensor:
+    """Attention of single queries to what their sequences have cached, up to and with their own position.
+
+    Args:
+        latent: (T, H, C), queries in the space of the latents.
+        rope: (T, H, R), turned.
+        slots: of the queries' own tokens.
+        scale: factor of the scores.
+        longest: cached tokens to look at, more than any position.
+
+    Returns:
+        (T, H, C), of the dtype of latent.
+    """
+    check_decode("mla_decode", latent, rope, slots)
+    seen = slots.tokens[slots.rows, :longest].to(latent.dtype)
+    scores = torch.einsum("thc,tnc->thn", torch.cat([latent, rope], -1), seen).float() * scale
+    place = torch.arange(seen.shape[1], device=scores.device)
+    weights = (
+        scores.masked_fill(place > slots.positions[:, None, None], -torch.inf).softmax(-1).to(latent.dtype)
+    )
+    return torch.einsum("thn,tnc->thc", weights, seen[..., : latent.shape[-1]])
+
+
+def check_prologue(
+    op: str, query: torch.Tensor, compressed: torch.Tensor, norm: torch.Tensor, slots: CacheSlots
+) -> None:
+    """Shapes and dtypes of mla_prologue's tensors."""
+    for name, tensor in (("compressed", compressed), ("norm", norm)):
+        checks.check_dtype(f"{op}: {name}", tensor.dtype, (query.dtype,))
+    _check_width(op, "compressed", compressed.shape[-1], slots.tokens)
+    checks.check_shape(f"{op}: compressed", tuple(compressed.shape), (query.shape[0], compressed.shape[1]))
+
+
+def check_decode(op: str, latent: torch.Tensor, rope: torch.Tensor, slots: CacheSlots) -> None:
+    """Shapes and dtypes of mla_decode's tensors."""
+    checks.check_dtype(f"{op}: rope", rope.dtype, (latent.dtype,))
+    checks.check_shape(f"{op}: rope", tuple(rope.shape), (*latent.shape[:2], rope.shape[2]))
+    _check_width(op, "latent and rope", latent.shape[-1] + rope.shape[-1], slots.tokens)
+
+
+def _check_width(op: str, name: str, width: int, cache: torch.Tensor) -> None:
+    if width != cache.shape[-1]:
+        raise BlockscaleError(
+            "wrong width", where=f"{op}: {name}", expected=f"{cache.shape[-1]}, as the cache", got=width
+        )
