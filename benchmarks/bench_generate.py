@@ -8,8 +8,9 @@ First both models read the same prompt, and the KL divergence of FP8 from BF16 i
   sampling, graphs and the host's part are in it;
 - start-up: a fresh process with empty caches, from weights in memory to the first token.
 Weights are random and tokens are too, so that experts are chosen about evenly: that is the most that a step
-can have to read. The memory floor is the time that reading what a step touches takes at the rate of a large
-copy: the experts that were really chosen (counted), all other weights and the cached tokens. Results go to
+can have to read; prompts that are all the same, which choose the same experts, are the least. The memory
+floor is the time that reading what a step touches takes at the rate of a large copy: the experts that were
+really chosen (counted), all other weights and the cached tokens. Results go to
 benchmarks/results/generate.jsonl.
 """
 
@@ -44,17 +45,23 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "generate.jsonl"
 CONFIG = HERE.parent / "inference" / "configs" / "config_16B.json"
 PREFILL = ((1, 2048), (4, 2048))
-DECODE = tuple((batch, context) for context in (512, 4096) for batch in (1, 8, 32, 128))
+# Sequences of a batch differ, or are all the same, so that they choose the same experts.
+DECODE = (
+    *((batch, context, "different") for context in (512, 4096) for batch in (1, 8, 32, 128)),
+    *((batch, 512, "same") for batch in (8, 32, 128)),
+)
 NEW_TOKENS = 48
 WARM_TOKENS = 8  # of those, until graphs are there
 MOST_DIVERGENCE = 0.5  # nats; random weights make the widest errors there are
 FORMATS = {"bf16": None, "fp8": BlockFP8()}
 
 
-def random_prompts(model: Transformer, count: int, length: int, seed: int = 0) -> list[list[int]]:
+def random_prompts(model: Transformer, count: int, length: int, kind: str = "different") -> list[list[int]]:
     """Tokens drawn evenly."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (count, length), generator=generator).tolist()
+    generator = torch.Generator().manual_seed(0)
+    shape = count if kind == "different" else 1, length
+    drawn = torch.randint(model.config.vocab_size, shape, generator=generator)
+    return drawn.expand(count, -1).tolist()
 
 
 def seconds_of_prefill(model: Transformer, batch: int, length: int) -> float:
@@ -70,9 +77,9 @@ def seconds_of_prefill(model: Transformer, batch: int, length: int) -> float:
     return statistics.median(times[2:])
 
 
-def seconds_of_step(model: Transformer, batch: int, context: int) -> float:
+def seconds_of_step(model: Transformer, batch: int, context: int, kind: str) -> float:
     """Median time between two tokens of sequences that reach `context` tokens on average."""
-    prompts = random_prompts(model, batch, context - NEW_TOKENS // 2)
+    prompts = random_prompts(model, batch, context - NEW_TOKENS // 2, kind)
     times: list[float] = []
 
     def on_token(number: int, token: int) -> None:
@@ -88,18 +95,18 @@ def seconds_of_step(model: Transformer, batch: int, context: int) -> float:
 def counted_experts() -> Iterator[list[int]]:
     """Experts chosen by each call of the router: routed and shared ones, each counted once."""
     counts: list[int] = []
-    choose = ops.moe_route
+    choose = ops.moe_choose
 
     def counting(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         experts, weights = choose(*arguments, **options)
         counts.append(experts.unique().numel())
         return experts, weights
 
-    ops.moe_route = counting
+    ops.moe_choose = counting
     try:
         yield counts
     finally:
-        ops.moe_route = choose
+        ops.moe_choose = choose
 
 
 def tensors_of(part: object, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,10 +127,10 @@ def weight_bytes(model: Transformer) -> int:
     return sum(memory.values())
 
 
-def bytes_of_step(model: Transformer, batch: int, context: int) -> int:
+def bytes_of_step(model: Transformer, batch: int, context: int, kind: str) -> int:
     """Bytes that one step of decoding has to read: weights, chosen experts alone, and cached tokens."""
     cache = model.cache(batch, 256)
-    tokens = torch.tensor(random_prompts(model, batch, 1), device=model.device)[:, 0]
+    tokens = torch.tensor(random_prompts(model, batch, 1, kind), device=model.device)[:, 0]
     with counted_experts() as counts:
         decode(model, cache, range(batch), tokens, [1] * batch)
     experts, others = 0, 0
@@ -134,8 +141,7 @@ def bytes_of_step(model: Transformer, batch: int, context: int) -> int:
             others += tensor.nbytes
     moe_layers = len(counts)
     touched = experts // moe_layers * sum(counts)
-    width = cache.tokens.shape[-1] * cache.tokens.element_size()
-    return others + touched + batch * context * width * cache.tokens.shape[0]
+    return others + touched + batch * context * cache.bytes_per_token
 
 
 def copy_rate() -> float:
@@ -227,15 +233,13 @@ def main() -> None:
         ratio = values["fp8"] / values["bf16"]
         print(f"prefill {key}: " + ", ".join(f"{n} {v:,.0f}" for n, v in values.items()) + f", {ratio:.2f} x")
     record["decode"] = []
-    for batch, context in DECODE:
+    for batch, context, kind in DECODE:
         if arguments.quick and context > 512:
             continue
-        line: dict[str, Any] = {"batch": batch, "context": context}
+        line: dict[str, Any] = {"batch": batch, "context": context, "prompts": kind}
         for name, model in models.items():
-            seconds, floor = (
-                seconds_of_step(model, batch, context),
-                bytes_of_step(model, batch, context) / rate,
-            )
+            seconds = seconds_of_step(model, batch, context, kind)
+            floor = bytes_of_step(model, batch, context, kind) / rate
             line[name] = {"tokens_per_second": batch / seconds, "of_memory_floor": floor / seconds}
         record["decode"].append(line)
         ratio = line["fp8"]["tokens_per_second"] / line["bf16"]["tokens_per_second"]
@@ -243,7 +247,7 @@ def main() -> None:
             f"{n} {line[n]['tokens_per_second']:,.0f} tok/s ({line[n]['of_memory_floor']:.0%} of floor)"
             for n in models
         )
-        print(f"decode batch {batch} at {context}: {', '.join(parts)}, {ratio:.2f} x", flush=True)
+        print(f"decode batch {batch} at {context}, {kind}: {', '.join(parts)}, {ratio:.2f} x", flush=True)
     append_result(RESULTS, record)
 
 

@@ -65,3 +65,7 @@ class MissingScaleError(BlockscaleError):
 
 class BusyError(BlockscaleError):
     """Another run is writing to the same destination."""
+
+
+class LostRankError(BlockscaleError):
+    """Another process of a run is gone, or does not answer."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -69,9 +71,25 @@ def print_problems(problems: tuple[Problem, ...]) -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print one red line on standard error and exit."""
-    err.print(Text(printable(message), style="bold red"))
+    """Print one red line on standard error and exit; of torchrun's processes all but the first sign it."""
+    rank = os.environ.get("RANK", "0")
+    err.print(Text(printable(message if rank == "0" else f"rank {rank}: {message}"), style="bold red"))
     raise SystemExit(code)
+
+
+@contextmanager
+def log(rank: int) -> Iterator[None]:
+    """Show on standard error what the package logs: all of it from rank 0, warnings of the others, signed."""
+    logger = logging.getLogger("blockscale")
+    handler, level = logging.StreamHandler(), logger.level
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if rank else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,6 +17,7 @@ from blockscale.errors import BlockscaleError
 
 if TYPE_CHECKING:
     from blockscale.model.generate import Sampling
+    from blockscale.model.ranks import Ranks
     from blockscale.model.text import Message, Tokenizer
     from blockscale.model.transformer import Transformer
 
@@ -29,6 +30,13 @@ class ComputeChoice(str, Enum):
     auto = "auto"
     fp8 = "fp8"
     bf16 = "bf16"
+
+
+class CacheChoice(str, Enum):
+    """What attention keeps of every token."""
+
+    bf16 = "bf16"
+    fp8 = "fp8"
 
 
 _COMPUTE: dict[ComputeChoice, Literal["fp8", "high"] | None] = {
@@ -56,54 +64,87 @@ def command(
     compute: Annotated[
         ComputeChoice, typer.Option(help="bf16 multiplies FP8 weights with unquantized activations.")
     ] = ComputeChoice.auto,
+    kv_cache: Annotated[
+        CacheChoice, typer.Option(help="fp8 keeps 1.8 times the context in the same memory.")
+    ] = CacheChoice.bf16,
     precision: options.Precision = None,
+    mtp: Annotated[
+        bool,
+        typer.Option(
+            "--mtp", help="Draft tokens with the multi-token prediction layer: same text, fewer steps."
+        ),
+    ] = False,
     on_missing_scale: options.OnMissingScale = options.KeepChoice.error,
     device: options.Device = options.DeviceChoice.auto,
     revision: options.Revision = None,
 ) -> None:
-    """Generate text: a chat, or an answer to every line of a file."""
+    """Generate text: a chat, or an answer to every line of a file.
+
+    Started by torchrun, the processes share the model, and the first one reads and writes for all.
+    """
     if interactive == (input_file is not None):
         raise BlockscaleError("give --interactive or --input-file, one of them", where="blockscale generate")
-    prompts = _read_prompts(input_file) if input_file is not None else []
 
     from blockscale.checkpoint.precision import parse_precision
+    from blockscale.checkpoint.source import open_source
     from blockscale.model.generate import Sampling
+    from blockscale.model.launch import open_ranks
     from blockscale.model.load import load_model
     from blockscale.model.text import Tokenizer
 
     sampling, asked = Sampling(temperature, top_p, seed), parse_precision(precision or ())
-    tokenizer = Tokenizer(ckpt_path, revision)
-    begin = time.perf_counter()
-    model = load_model(
-        ckpt_path,
-        config=config,
-        device=device.value,
-        compute=_COMPUTE[compute],
-        on_missing_scale=on_missing_scale.value,
-        precision=asked,
-        revision=revision,
-    )
-    console.err.print(f"loaded in {console.seconds(time.perf_counter() - begin)} on {model.device}")
-    assistant = _Assistant(model, tokenizer, sampling, max_new_tokens, tuple(stop or ()))
-    if interactive:
-        _chat(assistant)
-        return
-    for first in range(0, len(prompts), _BATCH):
-        some = prompts[first : first + _BATCH]
-        texts = assistant.answer([[{"role": "user", "content": prompt}] for prompt in some])
-        for prompt, text in zip(some, texts, strict=True):
-            print(f"Prompt: {prompt}\nCompletion: {text}\n")
+    with open_ranks(device.value) as ranks, console.log(ranks.rank):
+        first = ranks.rank == 0
+        with ranks.together():
+            prompts = _read_prompts(input_file) if input_file is not None and first else []
+            tokenizer = Tokenizer(ckpt_path, revision) if first else None
+            source = open_source(ckpt_path, revision)
+        prompts, tokenizer = ranks.broadcast((prompts, tokenizer))
+        assert tokenizer is not None
+        begin = time.perf_counter()
+        model = load_model(
+            source,
+            config=config,
+            device=ranks,
+            compute=_COMPUTE[compute],
+            on_missing_scale=on_missing_scale.value,
+            precision=asked,
+            mtp=mtp,
+        )
+        if first:
+            taken, many = console.seconds(time.perf_counter() - begin), f", {ranks.world} ranks"
+            console.err.print(f"loaded in {taken} on {model.device}{many if ranks.world > 1 else ''}")
+        limits = _Limits(max_new_tokens, tuple(stop or ()), kv_cache is CacheChoice.fp8)
+        assistant = _Assistant(model, tokenizer, sampling, limits, ranks)
+        if interactive:
+            _chat(assistant)
+        else:
+            _answer(assistant, prompts)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What ends an answer, and whether its cache is in FP8."""
+
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    fp8_cache: bool
 
 
 @dataclass(frozen=True)
 class _Assistant:
-    """A model that continues conversations."""
+    """A model that continues conversations, on every rank the same ones; rank 0 speaks."""
 
     model: Transformer
     tokenizer: Tokenizer
     sampling: Sampling
-    max_new_tokens: int
-    stop: tuple[str, ...]
+    limits: _Limits
+    ranks: Ranks
+
+    def say(self, text: str) -> None:
+        """Write to standard output as it is, at once."""
+        if self.ranks.rank == 0:
+            print(text, end="", flush=True)
 
     def answer(
         self, conversations: list[list[Message]], show: Callable[[str], None] = lambda text: None
@@ -112,8 +153,9 @@ class _Assistant:
         from blockscale.model.generate import generate
         from blockscale.model.text import Growing
 
-        growing = [Growing(self.tokenizer, self.stop) for _ in conversations]
+        growing = [Growing(self.tokenizer, self.limits.stop) for _ in conversations]
         texts, start = [""] * len(conversations), time.perf_counter()
+        drafts: list[bool] = []
 
         def add(number: int, text: str) -> None:
             texts[number] += text
@@ -128,40 +170,51 @@ class _Assistant:
         tokens = generate(
             self.model,
             ids,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.limits.max_new_tokens,
             sampling=self.sampling,
             stop=self.model.config.eos_token_id or (() if end is None else (end,)),
             on_token=on_token,
+            on_draft=lambda number, right: drafts.append(right),
+            fp8_cache=self.limits.fp8_cache,
         )
         for number, each in enumerate(growing):
             add(number, each.rest())
         show("\n")
         read, written = (sum(map(len, each)) for each in (ids, tokens))
         rate = written / (time.perf_counter() - start)
-        console.err.print(f"{read} tokens read, {written} written, {rate:.1f} tokens/s")
+        right = f", {sum(drafts) / len(drafts):.0%} of {len(drafts)} drafts accepted" if drafts else ""
+        if self.ranks.rank == 0:
+            console.err.print(f"{read} tokens read, {written} written, {rate:.1f} tokens/s{right}")
         return texts
+
+
+def _answer(assistant: _Assistant, prompts: list[str]) -> None:
+    for first in range(0, len(prompts), _BATCH):
+        some = prompts[first : first + _BATCH]
+        texts = assistant.answer([[{"role": "user", "content": prompt}] for prompt in some])
+        for prompt, text in zip(some, texts, strict=True):
+            assistant.say(f"Prompt: {prompt}\nCompletion: {text}\n\n")
 
 
 def _chat(assistant: _Assistant) -> None:
     messages: list[Message] = []
-    for line in _lines():
+    while (line := assistant.ranks.broadcast(_line() if assistant.ranks.rank == 0 else "")) is not None:
         if line == "/exit":
             return
         if line == "/clear":
             messages.clear()
         elif line:
             messages.append({"role": "user", "content": line})
-            (text,) = assistant.answer([messages], lambda piece: print(piece, end="", flush=True))
+            (text,) = assistant.answer([messages], assistant.say)
             messages.append({"role": "assistant", "content": text})
 
 
-def _lines() -> Iterator[str]:
-    """What the user writes, line by line, until the end of input."""
-    while True:
-        try:
-            yield input(">>> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
+def _line() -> str | None:
+    """What the user writes next; None at the end of input."""
+    try:
+        return input(">>> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
 
 
 def _read_prompts(path: Path) -> list[str]:

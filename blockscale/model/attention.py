@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from blockscale import ops
 from blockscale.formats import ScaleFmt
 from blockscale.model.architecture import ModelConfig
-from blockscale.model.weights import Weights
-from blockscale.reference.attention import CacheSlots, RotaryTable
+from blockscale.model.weights import Size, Weights
+from blockscale.reference.attention import CacheSlots, RotaryTable, stored_latents
 
 _LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
 
@@ -35,8 +35,8 @@ class Batch:
         tokens: int64 (T,), token ids.
         positions: int64 (T,), place of each in its sequence.
         rows: int64 (T,), row of the cache of each one's sequence.
-        spans: of each sequence, (row of the cache, tokens cached before, new tokens); None where every
-            sequence has one new token and attention is to run absorbed.
+        spans: of each sequence, (row of the cache, tokens cached before, new tokens); None where sequences
+            have one new token each, or a few, and attention is to run absorbed.
         longest: cached tokens that absorbed attention looks at, at least those of the longest sequence.
     """
 
@@ -48,31 +48,64 @@ class Batch:
 
 
 class KVCache:
-    """Latent and rotary key of every token: (layers, rows, positions, kv_lora_rank + qk_rope_head_dim)."""
+    """Latent and rotary key of every token, of every layer.
+
+    Attributes:
+        latents: (layers, rows, positions, kv_lora_rank), of the model's dtype or float8_e4m3fn.
+        keys: (layers, rows, positions, qk_rope_head_dim), of the model's dtype.
+        scales: float32 (layers, rows, positions), of FP8 latents, else None.
+    """
 
     def __init__(
-        self, config: ModelConfig, rows: int, positions: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        layers: int,
+        rows: int,
+        positions: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        fp8: bool = False,
     ) -> None:
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.tokens = torch.zeros(
-            config.num_hidden_layers, rows, positions, width, dtype=dtype, device=device
-        )
+        """All zeros."""
+        shape, latent = (layers, rows, positions), config.kv_lora_rank
+        stored = torch.float8_e4m3fn if fp8 else dtype
+        self.latents = torch.zeros(*shape, latent, dtype=stored, device=device)
+        self.keys = torch.zeros(*shape, config.qk_rope_head_dim, dtype=dtype, device=device)
+        self.scales = torch.zeros(shape, device=device) if fp8 else None
 
     @property
     def positions(self) -> int:
         """Tokens of a sequence that fit."""
-        return self.tokens.shape[2]
+        return self.latents.shape[2]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of a token in all layers."""
+        return sum(
+            part.nbytes // (part.shape[1] * part.shape[2])
+            for part in (self.latents, self.keys, self.scales)
+            if part is not None
+        )
+
+    def slots(self, layer: int, rows: torch.Tensor, positions: torch.Tensor) -> CacheSlots:
+        """Places of tokens in a layer's cache."""
+        scales = None if self.scales is None else self.scales[layer]
+        return CacheSlots(self.latents[layer], self.keys[layer], scales, rows, positions)
 
 
 class MLA:
-    """One layer's attention, from the checkpoint's tensors under `self_attn`."""
+    """One layer's attention, from the checkpoint's tensors under `self_attn`.
+
+    Every rank has its heads, and all of what they share: the cache is the same on all of them.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, table: RotaryTable, layer: int) -> None:
         self._config, self._table, self._layer = config, table, layer
-        self._heads = config.num_attention_heads
+        self._heads = config.num_attention_heads // weights.ranks.world
         hidden, latent = config.hidden_size, config.kv_lora_rank
-        query_rows = self._heads * config.qk_head_dim
-        into = {"kv_a_proj_with_mqa": latent + config.qk_rope_head_dim}
+        query_rows = weights.share(config.num_attention_heads * config.qk_head_dim)
+        into: dict[str, Size] = {"kv_a_proj_with_mqa": latent + config.qk_rope_head_dim}
         if config.q_lora_rank is None:
             self._into = weights.beside({"q_proj": query_rows, **into}, hidden)
         else:
@@ -80,9 +113,10 @@ class MLA:
             self._q_norm = weights.tensor("q_a_layernorm.weight", config.q_lora_rank)
             self._q_b = weights.linear("q_b_proj", query_rows, config.q_lora_rank)
         self._kv_norm = weights.tensor("kv_a_layernorm.weight", latent)
-        expanded = self._heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self._kv_b = weights.linear("kv_b_proj", expanded, latent)
-        self._o = weights.linear("o_proj", hidden, self._heads * config.v_head_dim)
+        expanded = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self._kv_b = weights.linear("kv_b_proj", weights.share(expanded), latent)
+        values = weights.share(config.num_attention_heads * config.v_head_dim)
+        self._o = weights.linear("o_proj", hidden, values)
         # Of absorbed attention, prepared once: (H, qk_nope, kv_lora_rank) and (H, kv_lora_rank, v).
         expand = self._kv_b.dequantized(weights.dtype).view(self._heads, -1, config.kv_lora_rank)
         self._w_uk, w_uv = expand.split([config.qk_nope_head_dim, config.v_head_dim], 1)
@@ -94,7 +128,7 @@ class MLA:
         return self._into.quantizes
 
     def __call__(self, x: ops.Normed, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """(T, hidden) -> (T, hidden); the new tokens are put into the cache."""
+        """(T, hidden) -> this rank's summand of (T, hidden); the new tokens are put into the cache."""
         config = self._config
         query_width = config.q_lora_rank or self._heads * config.qk_head_dim
         query, compressed = self._into.on(x).split(
@@ -107,21 +141,22 @@ class MLA:
             )
             query = self._q_b.on(normed)
         query = query.view(-1, self._heads, config.qk_head_dim)
-        slots = CacheSlots(cache.tokens[self._layer], batch.rows, batch.positions)
+        slots = cache.slots(self._layer, batch.rows, batch.positions)
         ops.mla_prologue(query, compressed, self._kv_norm, _LATENT_EPS, self._table, slots)
         if batch.spans is None:
             out = self._absorbed(query, slots, batch.longest)
         else:
-            out = self._naive(query, batch.spans, slots.tokens)
+            out = self._naive(query, batch.spans, slots)
         return self._o(out.flatten(1))
 
     def _naive(
-        self, query: torch.Tensor, spans: tuple[tuple[int, int, int], ...], tokens: torch.Tensor
+        self, query: torch.Tensor, spans: tuple[tuple[int, int, int], ...], slots: CacheSlots
     ) -> torch.Tensor:
         """Query (T, H, qk_head_dim) -> (T, H, v_head_dim); all that is cached is expanded at once."""
         config = self._config
-        seen = torch.cat([tokens[row, : before + new] for row, before, new in spans]).to(query.dtype)
-        latent, rope = seen.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        seen = [(row, slice(before + new)) for row, before, new in spans]
+        latent = torch.cat([stored_latents(slots, at, query.dtype) for at in seen])
+        rope = torch.cat([slots.keys[at] for at in seen]).to(query.dtype)
         expanded = self._kv_b(latent).view(-1, self._heads, config.qk_nope_head_dim + config.v_head_dim)
         nope, value = expanded.split([config.qk_nope_head_dim, config.v_head_dim], -1)
         key = torch.cat([nope, rope[:, None].expand(-1, self._heads, -1)], -1)

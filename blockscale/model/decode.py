@@ -1,4 +1,4 @@
-"""One more token of every sequence: eagerly, or as CUDA graphs.
+"""One step of every sequence: eagerly, or as CUDA graphs.
 
 A graph replays the kernels of one step without the host; there is one for each number of sequences (rounded
 up) and each reach of attention (a power of two), captured when it is first needed. Sequences that only fill
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,18 +18,19 @@ from blockscale.model.transformer import Transformer
 
 _LOOK_STEP = 256  # without graphs attention looks at a multiple of this many tokens
 _LEAST_REACH = 512  # of a graph
+Choose = Callable[[torch.Tensor], torch.Tensor]  # logits (B, vocab_size) -> tokens (B,)
+# (int64 (N, B) of what is known of the sequences, cached tokens to look at) -> (B, ...), without the host
+Step = Callable[[torch.Tensor, int], torch.Tensor]
 # (rows of the cache, tokens int64 (B,), lengths with them) -> logits float32 (B, vocab_size)
 Decode = Callable[[Sequence[int], torch.Tensor, Sequence[int]], torch.Tensor]
 
 
 def decoder(model: Transformer, cache: KVCache) -> Decode:
-    """What decodes fastest: graphs where the device has them and no layer makes the host wait."""
-    if model.device.type == "cuda" and not model.waits:
-        return DecodeGraphs(model, cache)
-    return lambda rows, tokens, lengths: decode(model, cache, rows, tokens, lengths)
+    """`decode` as fast as the device allows; the result may be overwritten by the next call."""
+    step = fastest(model, cache, partial(_one_token, model, cache))
+    return lambda rows, tokens, lengths: step(_inputs(rows, tokens, lengths), max(lengths))
 
 
-@torch.inference_mode()
 def decode(
     model: Transformer, cache: KVCache, rows: Sequence[int], tokens: torch.Tensor, lengths: Sequence[int]
 ) -> torch.Tensor:
@@ -44,65 +46,76 @@ def decode(
     Returns:
         Logits of the next tokens, float32 (B, vocab_size).
     """
-    longest = min(-(-max(lengths) // _LOOK_STEP) * _LOOK_STEP, cache.positions)
-    positions, places = torch.tensor([[length - 1 for length in lengths], list(rows)], device=model.device)
-    return model.logits(model(Batch(tokens, positions, places, None, longest), cache))
+    return eager(cache, partial(_one_token, model, cache))(_inputs(rows, tokens, lengths), max(lengths))
+
+
+def _inputs(rows: Sequence[int], tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    places = torch.tensor([list(rows), [length - 1 for length in lengths]])
+    return torch.cat([places.to(tokens.device, non_blocking=True), tokens[None]])
+
+
+def _one_token(model: Transformer, cache: KVCache, inputs: torch.Tensor, longest: int) -> torch.Tensor:
+    rows, positions, tokens = inputs
+    return model.logits(model(Batch(tokens, positions, rows, None, longest), cache))
+
+
+def fastest(model: Transformer, cache: KVCache, step: Step) -> Step:
+    """A step as graphs where the device has them and no layer makes the host wait."""
+    if model.device.type == "cuda" and not model.waits:
+        return Graphs(cache, step)
+    return eager(cache, step)
+
+
+def eager(cache: KVCache, step: Step) -> Step:
+    """A step without graphs."""
+    return lambda inputs, longest: step(inputs, min(-(-longest // _LOOK_STEP) * _LOOK_STEP, cache.positions))
 
 
 @dataclass(frozen=True)
 class _Captured:
-    """A graph and its memory: int64 (3, B) of positions, rows and tokens, and logits (B, vocab_size)."""
+    """A graph and its memory: int64 (N, B), and the result (B, ...)."""
 
     graph: torch.cuda.CUDAGraph
     inputs: torch.Tensor
-    logits: torch.Tensor
+    result: torch.Tensor
 
 
-class DecodeGraphs:
-    """`decode` of one model and cache, as graphs."""
+class Graphs:
+    """A step on one cache, as graphs."""
 
-    def __init__(self, model: Transformer, cache: KVCache) -> None:
-        self._model, self._cache = model, cache
+    def __init__(self, cache: KVCache, step: Step) -> None:
+        self._positions, self._step = cache.positions, step
         self._captured: dict[tuple[int, int], _Captured] = {}
 
     @torch.inference_mode()
-    def __call__(self, rows: Sequence[int], tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """As `decode`; the result is overwritten by the next call."""
-        count = batch_size(len(rows))
-        reach = min(max(_LEAST_REACH, 1 << (max(lengths) - 1).bit_length()), self._cache.positions)
-        fill = count - len(rows)
-        positions = [length - 1 for length in lengths] + [lengths[0] - 1] * fill
-        places = torch.tensor([positions, [*rows, *[rows[0]] * fill]])
+    def __call__(self, inputs: torch.Tensor, longest: int) -> torch.Tensor:
+        """As the step; the result is overwritten by the next call."""
+        sequences = inputs.shape[1]
+        count = batch_size(sequences)
+        reach = min(max(_LEAST_REACH, 1 << (longest - 1).bit_length()), self._positions)
         known = self._captured.get((count, reach))
-        inputs = known.inputs if known else tokens.new_empty(3, count)
-        inputs[:2].copy_(places, non_blocking=True)
-        inputs[2, : len(rows)].copy_(tokens)
-        if fill:
-            inputs[2, len(rows) :].copy_(tokens[:1].expand(fill))
+        room = known.inputs if known else inputs.new_empty(len(inputs), count)
+        room[:, :sequences].copy_(inputs)
+        if sequences < count:
+            room[:, sequences:].copy_(inputs[:, :1].expand(-1, count - sequences))
         if known is None:
-            known = self._captured[count, reach] = self._capture(inputs, reach)
+            known = self._captured[count, reach] = self._capture(room, reach)
         known.graph.replay()
-        return known.logits[: len(rows)]
+        return known.result[:sequences]
 
     def _capture(self, inputs: torch.Tensor, reach: int) -> _Captured:
-        positions, rows, tokens = inputs
-        batch = Batch(tokens, positions, rows, None, reach)
-
-        def run() -> torch.Tensor:
-            return self._model.logits(self._model(batch, self._cache))
-
         # Kernels are compiled and loaded on their first call, which no capture can hold. It computes what
         # the graph computes again.
         side = torch.cuda.Stream(inputs.device)
         side.wait_stream(torch.cuda.current_stream(inputs.device))
         with torch.cuda.stream(side):
-            run()
+            self._step(inputs, reach)
         torch.cuda.current_stream(inputs.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         others = next(iter(self._captured.values()), None)
         with torch.cuda.graph(graph, pool=others.graph.pool() if others else None):
-            logits = run()
-        return _Captured(graph, inputs, logits)
+            result = self._step(inputs, reach)
+        return _Captured(graph, inputs, result)
 
 
 def batch_size(sequences: int) -> int:

@@ -1,8 +1,8 @@
-"""Text from a model: prompts of different lengths at once, one token a step for all.
+"""Text from a model: prompts of different lengths at once, a step for all sequences that go on.
 
-Prompts are read in pieces of bounded size, several in one call where they fit; after that every call has one
-token of each sequence that goes on. On a GPU the host is a step behind: it looks at the tokens of a step
-while the device computes the next one from them, which is thrown away where a sequence has ended.
+A step has one new token of each, or up to two with a multi-token prediction layer. On a GPU the host is a
+step behind: it looks at the tokens of a step while the device computes the next one from them, which is
+thrown away where a sequence has ended.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from blockscale.errors import BlockscaleError
-from blockscale.model.attention import Batch, KVCache
-from blockscale.model.decode import decoder
+from blockscale.model.attention import KVCache
+from blockscale.model.decode import Choose, decoder
+from blockscale.model.prefill import prefill
+from blockscale.model.speculative import Drafting
 from blockscale.model.transformer import Transformer
-
-_PREFILL_TOKENS = 8192  # of one call: bounds the memory of activations
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,10 @@ def generate(
     sampling: Sampling | None = None,
     stop: Sequence[int] | None = None,
     on_token: Callable[[int, int], bool | None] | None = None,
+    on_draft: Callable[[int, bool], None] | None = None,
+    fp8_cache: bool = False,
 ) -> list[list[int]]:
-    """Continue every prompt.
+    """Continue every prompt; by drafts, if the model has a multi-token prediction layer.
 
     Args:
         model: what continues them.
@@ -59,6 +61,8 @@ def generate(
         sampling: default the likeliest token.
         stop: tokens that end a sequence, and are not part of the result; default those of the config.
         on_token: is told (number of the prompt, token) as soon as a token is known; True ends that sequence.
+        on_draft: is told (number of the prompt, whether it was right) of every draft.
+        fp8_cache: keep what is cached of a token in E4M3 with a scale: a little more than half the memory.
 
     Returns:
         New tokens of each prompt.
@@ -68,88 +72,95 @@ def generate(
     """
     longest = _check(model, prompts, max_new_tokens)
     stops = frozenset(model.config.eos_token_id if stop is None else stop)
-    choose = _chooser(sampling or Sampling(), model.device)
-    cache = model.cache(len(prompts), longest)
-    decode = decoder(model, cache)
-    results: list[list[int]] = [[] for _ in prompts]
-    running = list(range(len(prompts)))
-    upcoming = choose(prefill(model, cache, prompts)) if running and max_new_tokens else None
-    for step in range(max_new_tokens):
-        if upcoming is None or not running:
-            break
-        tokens, of, host = upcoming, running, _OnHost(upcoming)
-        lengths = [len(prompts[number]) + step + 1 for number in of]
-        ahead = host.is_late and step + 1 < max_new_tokens
-        upcoming = choose(decode(of, tokens, lengths)) if ahead else None
+    written = _Written([[] for _ in prompts], max_new_tokens, stops, on_token)
+    if not prompts or max_new_tokens < 1:
+        return written.tokens
+    cache = model.cache(len(prompts), longest, fp8=fp8_cache)
+    steps = _steps(model, cache, sampling or Sampling())
+    state, running = steps.start(prompts), list(range(len(prompts)))
+    while True:
+        of, host = running, _OnHost(state)
+        lengths = [len(prompts[number]) + len(written.tokens[number]) for number in of]
+        ahead = host.is_late and any(len(written.tokens[number]) + 1 < max_new_tokens for number in of)
+        following = steps.advance(of, state, lengths) if ahead else None
         going_on = []
-        for place, (number, token) in enumerate(zip(of, host.values(), strict=True)):
-            if token in stops:
-                continue
-            results[number].append(token)
-            if on_token is None or not on_token(number, token):
+        for place, (number, line) in enumerate(zip(of, host.values(), strict=True)):
+            tokens, right = steps.read(line)
+            if right is not None and on_draft is not None:
+                on_draft(number, right)
+            if written.goes_on(number, tokens):
                 going_on.append(place)
+        if not going_on:
+            return written.tokens
         running = [of[place] for place in going_on]
-        if step + 1 == max_new_tokens or not running:
-            break
-        if upcoming is None:
-            upcoming = choose(decode(running, tokens[going_on], [lengths[place] for place in going_on]))
-        elif len(going_on) < len(of):
-            upcoming = upcoming[going_on]
-    return results
+        if following is None:
+            state = steps.advance(running, state[going_on], [lengths[place] for place in going_on])
+        else:
+            state = following if len(going_on) == len(of) else following[going_on]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """New tokens of every prompt, and what ends them."""
+
+    tokens: list[list[int]]
+    limit: int
+    stops: frozenset[int]
+    listener: Callable[[int, int], bool | None] | None
+
+    def goes_on(self, number: int, new: list[int]) -> bool:
+        """Add tokens of a prompt; whether it goes on after them."""
+        for token in new:
+            if token in self.stops:
+                return False
+            self.tokens[number].append(token)
+            ended = self.listener is not None and self.listener(number, token)
+            if ended or len(self.tokens[number]) == self.limit:
+                return False
+        return True
+
+
+def _steps(model: Transformer, cache: KVCache, sampling: Sampling) -> _OneToken | Drafting:
+    choose = _chooser(sampling, model.device)
+    if model.mtp is None:
+        return _OneToken(model, cache, choose)
+    return Drafting(model, model.mtp, cache, choose, draws=sampling.temperature > 0)
+
+
+class _OneToken:
+    """Sequences of one model and their cache; their state is the last token, int64 (B, 1). As `Drafting`."""
+
+    def __init__(self, model: Transformer, cache: KVCache, choose: Choose) -> None:
+        self._model, self._cache, self._choose = model, cache, choose
+        self._decode = decoder(model, cache)
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        return self._choose(prefill(self._model, self._cache, prompts))[:, None]
+
+    def advance(self, rows: Sequence[int], state: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        return self._choose(self._decode(rows, state[:, 0], [length + 1 for length in lengths]))[:, None]
+
+    @staticmethod
+    def read(line: list[int]) -> tuple[list[int], bool | None]:
+        return line, None
 
 
 class _OnHost:
-    """Tokens on their way to the host, which waits for them and for nothing that was started later."""
+    """A state on its way to the host, which waits for it and for nothing that was started later."""
 
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self.is_late = tokens.is_cuda
-        self._tokens = tokens
+    def __init__(self, state: torch.Tensor) -> None:
+        self.is_late = state.is_cuda
+        self._state = state
         if self.is_late:
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
+            self._state = torch.empty(state.shape, dtype=state.dtype, pin_memory=True)
+            self._state.copy_(state, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def values(self) -> list[int]:
+    def values(self) -> list[list[int]]:
         if self.is_late:
             self._arrived.synchronize()
-        return self._tokens.tolist()
-
-
-def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Put prompts into rows 0, 1, ... of an empty cache; float32 logits (B, vocab_size) after each."""
-    last: dict[int, torch.Tensor] = {}
-    piece: list[tuple[int, int, int]] = []
-    room = _PREFILL_TOKENS
-
-    def run() -> None:
-        tokens = [token for row, before, new in piece for token in prompts[row][before : before + new]]
-        hidden = model(_batch(tokens, piece, model.device), cache)
-        end = 0
-        for row, before, new in piece:
-            end += new
-            if before + new == len(prompts[row]):
-                last[row] = hidden[end - 1]
-
-    for row, prompt in enumerate(prompts):
-        before = 0
-        while before < len(prompt):
-            new = min(len(prompt) - before, room)
-            piece.append((row, before, new))
-            before, room = before + new, room - new
-            if room == 0:
-                run()
-                piece, room = [], _PREFILL_TOKENS
-    if piece:
-        run()
-    return model.logits(torch.stack([last[row] for row in range(len(prompts))]))
-
-
-def _batch(tokens: list[int], spans: list[tuple[int, int, int]], device: torch.device) -> Batch:
-    positions = [before + i for _, before, new in spans for i in range(new)]
-    rows = [row for row, _, new in spans for _ in range(new)]
-    ids, places, into = torch.tensor([tokens, positions, rows], device=device)
-    return Batch(ids, places, into, tuple(spans), max(positions) + 1)
+        return self._state.tolist()
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
@@ -173,8 +184,12 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
     return max(map(len, prompts), default=0) + max_new_tokens
 
 
-def _chooser(sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Logits (B, vocab_size) to tokens (B,)."""
+def _chooser(sampling: Sampling, device: torch.device) -> Choose:
+    """Logits (B, vocab_size) to tokens (B,).
+
+    Every rank chooses for itself, and they choose the same: of the logits, which `Ranks.all_gather` makes the
+    same bits everywhere, with the same seed.
+    """
     if sampling.temperature == 0:
         return lambda logits: logits.argmax(-1)
     generator = torch.Generator(device).manual_seed(sampling.seed)

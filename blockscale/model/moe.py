@@ -11,14 +11,19 @@ from blockscale import ops
 from blockscale.formats import ScaleFmt
 from blockscale.model.architecture import ModelConfig
 from blockscale.model.linear import GROUP, Linear
-from blockscale.model.weights import Parallel, Weights
+from blockscale.model.stack import Parallel
+from blockscale.model.weights import Weights
 from blockscale.reference.routing import Routing
 
 _FEW_TOKENS = 128  # up to which every expert gets room for all, and rows that count are not padded
 
 
+# Tokens of an expert that products are made for: some get more than the average, up to what measured fastest.
+_MOST_TYPICAL = 32
+
+
 class MLP:
-    """down(silu(gate x) * up x)."""
+    """down(silu(gate x) * up x); with a part of the width between a summand of that."""
 
     def __init__(self, gate_up: Linear | Parallel, down: Linear) -> None:
         self._gate_up, self._down = gate_up, down
@@ -63,25 +68,25 @@ class Router:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, hidden) -> experts int32 (T, topk + shared) and their weights float32 of the same shape."""
-        if self._weight.dtype == torch.float32:
-            logits = F.linear(x.float(), self._weight)
-        else:
-            logits = torch.mm(x, self._weight.t(), out_dtype=torch.float32)
-        return ops.moe_route(logits, self._bias, self.routing)
+        return ops.moe_choose(x, self._weight, self._bias, self.routing)
 
 
 class MoE:
     """Routed experts, and shared ones that every token goes to, from the tensors under `mlp`.
 
-    Shared experts of the routed ones' format are computed with them, as experts that are always chosen.
+    Shared experts of the routed ones' format are computed with them, as experts that are always chosen. Of
+    several ranks each has some of the routed experts whole, and a part of the width of the shared ones.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         hidden, width, count = config.hidden_size, config.moe_intermediate_size, config.n_shared_experts
-        shared = weights.at("shared_experts").gate_up_down(hidden, count * width) if count else None
-        self._gate_up, self._down = weights.experts(config.n_routed_experts, hidden, width, shared)
-        self._experts = len(self._gate_up.weight)
-        together = self._experts > config.n_routed_experts
+        own, self._world = weights.share(config.n_routed_experts).indices, weights.ranks.world
+        shared = None
+        if count:
+            shared = weights.at("shared_experts").gate_up_down(hidden, weights.share_width(count * width))
+        self._gate_up, self._down = weights.experts(own, hidden, width, shared if self._world == 1 else None)
+        self._first, self._experts = own.start, len(self._gate_up.weight)
+        together = self._experts > len(own)
         self._router = Router(config, weights, count if together else 0)
         self._shared = None if shared is None or together else MLP(*shared)
 
@@ -92,17 +97,25 @@ class MoE:
 
     @property
     def waits(self) -> bool:
-        """Whether the host waits for the device in a call: where experts are dequantized one by one."""
-        return not self._is_fp8 and (self._gate_up.scale is not None or self._down.scale is not None)
+        """Whether the host waits for the device in a call: where experts are multiplied one by one.
+
+        Those are experts that are dequantized on the way, and on GPUs such in another dtype than BF16, the
+        only one that PyTorch has a grouped product of there.
+        """
+        weight = self._gate_up.weight
+        stored = self._gate_up.scale is not None or self._down.scale is not None
+        return not self._is_fp8 and (stored or (weight.is_cuda and weight.dtype != torch.bfloat16))
 
     @property
     def _is_fp8(self) -> bool:
         return self._gate_up.is_fp8 and self._down.is_fp8
 
     def __call__(self, x: ops.Normed) -> torch.Tensor:
-        """(T, hidden) -> (T, hidden)."""
+        """(T, hidden) -> this rank's summand of (T, hidden)."""
         assert x.y is not None
         experts, weights = self._router(x.y)
+        if self._first:
+            experts = experts - self._first  # those of other ranks are out of range, and get no row
         if self._is_fp8:
             few = len(experts) <= _FEW_TOKENS
             rows, positions = self._few(x, experts) if few else self._many(x, experts)
@@ -118,7 +131,7 @@ class MoE:
         assert x.codes is not None
         gate_up, down = self._gate_up, self._down
         moved = ops.moe_permute_masked(x.codes, experts, self._experts, x.scale)
-        typical = max(1, experts.numel() // self._experts)
+        typical = min(_MOST_TYPICAL, 5 * experts.numel() // (2 * self._experts * self._world) + 1)
         hidden = _masked(moved.rows, moved.scale, gate_up, moved.masked_m, typical, x.hidden.dtype)
         codes, scale = ops.silu_mul_quantize(
             hidden.flatten(0, 1), GROUP, down.fmt.scale_fmt, "column", rows=moved.positions
@@ -182,14 +195,15 @@ def _contiguous(
 def _grouped(rows: torch.Tensor, layer: Linear, experts: torch.Tensor) -> torch.Tensor:
     """Product of rows (M, K), sorted by expert, with weights as they are stored: (M, N)."""
     numbers = torch.arange(len(layer.weight), device=rows.device)
-    ends = (experts.view(-1, 1) <= numbers).sum(0, dtype=torch.int32)
+    ends = ((experts.view(-1, 1) <= numbers) & (experts.view(-1, 1) >= 0)).sum(0, dtype=torch.int32)
     return F.grouped_mm(rows, layer.weight.transpose(1, 2), offs=ends)
 
 
 def _by_expert(rows: torch.Tensor, layer: Linear, experts: torch.Tensor) -> torch.Tensor:
     """The same with weights dequantized one by one; the host waits for how many rows an expert has."""
     out, first = rows.new_zeros(rows.shape[0], layer.weight.shape[1]), 0
-    for expert, count in enumerate(torch.bincount(experts.flatten(), minlength=len(layer.weight)).tolist()):
+    known = experts[(experts >= 0) & (experts < len(layer.weight))]
+    for expert, count in enumerate(torch.bincount(known, minlength=len(layer.weight)).tolist()):
         if count:
             scale = None if layer.scale is None else layer.scale[expert]
             one = replace(layer, weight=layer.weight[expert], scale=scale, compute="high")

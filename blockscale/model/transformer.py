@@ -7,34 +7,11 @@ import torch.nn.functional as F
 
 from blockscale import ops
 from blockscale.model.architecture import ModelConfig
-from blockscale.model.attention import MLA, Batch, KVCache
-from blockscale.model.moe import MLP, MoE
+from blockscale.model.attention import Batch, KVCache
+from blockscale.model.layer import Layer
+from blockscale.model.mtp import MTP
 from blockscale.model.rotary import rotary_table
 from blockscale.model.weights import Weights
-from blockscale.reference.attention import RotaryTable
-
-
-class Layer:
-    """Attention and feed-forward, each on the normalized stream and added to it."""
-
-    def __init__(self, config: ModelConfig, weights: Weights, table: RotaryTable, layer: int) -> None:
-        self._eps = config.rms_norm_eps
-        self._attention_norm = weights.tensor("input_layernorm.weight", config.hidden_size)
-        self._attention = MLA(config, weights.at("self_attn"), table, layer)
-        self._mlp_norm = weights.tensor("post_attention_layernorm.weight", config.hidden_size)
-        mlp, hidden, width = weights.at("mlp"), config.hidden_size, config.intermediate_size
-        self.mlp = MoE(config, mlp) if config.is_moe(layer) else MLP(*mlp.gate_up_down(hidden, width))
-
-    def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None, batch: Batch, cache: KVCache
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is to be added to the stream, and the stream, (T, hidden), to the same after this layer."""
-        fmt = self._attention.quantizes
-        normed = ops.rms_norm(x, self._attention_norm, self._eps, residual, fmt, plain=fmt is None)
-        x = self._attention(normed, batch, cache)
-        fmt, plain = self.mlp.reads
-        normed = ops.rms_norm(x, self._mlp_norm, self._eps, normed.hidden, fmt, plain=plain)
-        return self.mlp(normed), normed.hidden
 
 
 class Transformer:
@@ -44,35 +21,45 @@ class Transformer:
         config: the architecture.
         dtype: of activations.
         device: of everything.
+        mtp: the layer that drafts tokens for `generate`, or None.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        """Read all weights."""
+    def __init__(self, config: ModelConfig, weights: Weights, *, mtp: bool = False) -> None:
+        """Read all weights, with `mtp` those of the first multi-token prediction layer too.
+
+        Raises:
+            BlockscaleError: there is none; or the model does not share out over the ranks.
+        """
+        config.check_ranks(weights.ranks.world)
         self.config, self.dtype, self.device = config, weights.dtype, weights.device
+        self._ranks, self._vocabulary = weights.ranks, weights.share(config.vocab_size)
         body = weights.at("model")
         table = rotary_table(config, weights.device)
-        self._embedding = body.tensor("embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self.mtp = MTP(config, body.at(f"layers.{config.num_hidden_layers}"), table) if mtp else None
+        self._embedding = body.tensor("embed_tokens.weight", self._vocabulary, config.hidden_size)
         self._layers = [
             Layer(config, body.at(f"layers.{layer}"), table, layer)
             for layer in range(config.num_hidden_layers)
         ]
         self._norm = body.tensor("norm.weight", config.hidden_size)
         tied = config.tie_word_embeddings and not weights.has("lm_head.weight")
-        self._head = None if tied else weights.linear("lm_head", config.vocab_size, config.hidden_size)
+        self._head = None if tied else weights.linear("lm_head", self._vocabulary, config.hidden_size)
 
     @property
     def waits(self) -> bool:
         """Whether the host waits for the device in a call, which no CUDA graph can hold."""
-        return any(isinstance(layer.mlp, MoE) and layer.mlp.waits for layer in self._layers)
+        drafting = self.mtp is not None and self.mtp.waits
+        return drafting or any(layer.waits for layer in self._layers)
 
-    def cache(self, rows: int, positions: int) -> KVCache:
-        """An empty cache for `rows` sequences of up to `positions` tokens each."""
-        return KVCache(self.config, rows, positions, self.dtype, self.device)
+    def cache(self, rows: int, positions: int, *, fp8: bool = False) -> KVCache:
+        """An empty cache for `rows` sequences of up to `positions` tokens each; fp8: of latents in E4M3."""
+        layers = self.config.num_hidden_layers + (self.mtp is not None)
+        return KVCache(self.config, layers, rows, positions, self.dtype, self.device, fp8=fp8)
 
     @torch.inference_mode()
     def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Hidden states (T, hidden) of the new tokens before the last norm, as `logits` takes them."""
-        x, residual = F.embedding(batch.tokens, self._embedding), None
+        x, residual = self.embed(batch.tokens), None
         for layer in self._layers:
             x, residual = layer(x, residual, batch, cache)
         assert residual is not None
@@ -81,6 +68,24 @@ class Transformer:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(T, hidden) -> float32 (T, vocab_size)."""
+        return self.head(self.normed(hidden))
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids (T,) -> (T, hidden)."""
+        if self._ranks.world == 1:
+            return F.embedding(tokens, self._embedding)
+        own = tokens - self._vocabulary.start
+        here = (own >= 0) & (own < len(self._vocabulary))
+        embedded = F.embedding(own * here, self._embedding)
+        return self._ranks.all_reduce(embedded.masked_fill_(~here[:, None], 0))
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states (T, hidden) of a call after the last norm, as `head` and `mtp` take them."""
         y = ops.rms_norm(hidden, self._norm, self.config.rms_norm_eps).y
         assert y is not None
-        return (F.linear(y, self._embedding) if self._head is None else self._head(y)).float()
+        return y
+
+    def head(self, y: torch.Tensor) -> torch.Tensor:
+        """Normalized (T, hidden) -> float32 logits (T, vocab_size)."""
+        logits = F.linear(y, self._embedding) if self._head is None else self._head(y)
+        return self._ranks.all_gather(logits, self._vocabulary.widths).float()

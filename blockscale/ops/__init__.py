@@ -10,7 +10,7 @@ from blockscale.ops.gemm import (
 from blockscale.ops.gemm_dispatch import GemmBackend
 from blockscale.ops.mla import mla_decode, mla_prologue
 from blockscale.ops.moe_permute import moe_permute, moe_permute_masked, moe_unpermute
-from blockscale.ops.moe_route import moe_route
+from blockscale.ops.moe_route import moe_choose, moe_route
 from blockscale.ops.nonfinite import find_nonfinite, flag_nonfinite
 from blockscale.ops.quantize_activation import quantize_activation
 from blockscale.ops.quantize_weight import quantize_weight
@@ -28,6 +28,7 @@ __all__ = [
     "m_grouped_fp8_gemm_nt_masked",
     "mla_decode",
     "mla_prologue",
+    "moe_choose",
     "moe_permute",
     "moe_permute_masked",
     "moe_route",

@@ -48,6 +48,7 @@ _logger = logging.getLogger(__name__)
 _load_lock = threading.Lock()
 
 
+@functools.cache
 def triton_kernels(op: str, name: str, device: torch.device, backend: Backend) -> ModuleType | None:
     """Module `name` of `_triton/` if `backend` and the tensor's device allow it, or None for another backend.
 

@@ -1,6 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) around its cache.
 
-A token is cached as one latent c (C values, normalized) and one rotary key r (R values) that all heads share.
+A token is cached as one latent c (C values, normalized) and one rotary key r (R values) that all heads share;
+the latent may be kept in E4M3 with one scale, max|c| / 448.
 What follows the projections is `mla_prologue`, which fills the cache and turns queries, and `mla_decode`,
 which attends to the cache directly:
 
@@ -12,11 +13,13 @@ with q_latent_h = W_uk,h^T q_nope,h; the caller multiplies out_h by W_uv,h.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from blockscale.errors import BlockscaleError
 from blockscale.reference import checks
+from blockscale.reference.fp8 import quantize_activation
 from blockscale.reference.fused import rms_norm
 
 
@@ -39,12 +42,16 @@ class CacheSlots:
     """A cache of latents and rotary keys, and which tokens of it a call is about.
 
     Attributes:
-        tokens: (rows, positions, C + R); a row belongs to a sequence.
+        latents: (rows, positions, C); a row belongs to a sequence. float8_e4m3fn if there are scales.
+        keys: (rows, positions, R).
+        scales: float32 (rows, positions), one for the latent of a token, or None.
         rows: int64 (T,), row of the cache of each token's sequence.
         positions: int64 (T,), place of each token in its sequence.
     """
 
-    tokens: torch.Tensor
+    latents: torch.Tensor
+    keys: torch.Tensor
+    scales: torch.Tensor | None
     rows: torch.Tensor
     positions: torch.Tensor
 
@@ -85,8 +92,14 @@ def mla_prologue(
     query[..., -rope:] = rotate(query[..., -rope:], positions, table)
     latent, key = compressed.split([norm.shape[0], rope], -1)
     key = rotate(key[:, None], positions, table)[:, 0]
-    new = torch.cat([rms_norm(latent, norm, eps), key], -1)
-    slots.tokens[slots.rows, positions] = new.to(slots.tokens.dtype)
+    latent, at = rms_norm(latent, norm, eps), (slots.rows, positions)
+    slots.keys[at] = key.to(slots.keys.dtype)
+    if slots.scales is None:
+        slots.latents[at] = latent.to(slots.latents.dtype)
+    else:
+        codes, scale = quantize_activation(latent, latent.shape[-1])
+        slots.latents.view(torch.uint8)[at] = codes.view(torch.uint8)  # FP8 cannot be put everywhere
+        slots.scales[at] = scale[:, 0]
 
 
 def mla_decode(
@@ -105,13 +118,21 @@ def mla_decode(
         (T, H, C), of the dtype of latent.
     """
     check_decode("mla_decode", latent, rope, slots)
-    seen = slots.tokens[slots.rows, :longest].to(latent.dtype)
-    scores = torch.einsum("thc,tnc->thn", torch.cat([latent, rope], -1), seen).float() * scale
+    seen = stored_latents(slots, (slots.rows, slice(longest)), latent.dtype)
+    keys = slots.keys[slots.rows, :longest].to(latent.dtype)
+    query, key = torch.cat([latent, rope], -1), torch.cat([seen, keys], -1)
+    scores = torch.einsum("thc,tnc->thn", query, key).float() * scale
     place = torch.arange(seen.shape[1], device=scores.device)
-    weights = (
-        scores.masked_fill(place > slots.positions[:, None, None], -torch.inf).softmax(-1).to(latent.dtype)
-    )
-    return torch.einsum("thn,tnc->thc", weights, seen[..., : latent.shape[-1]])
+    scores = scores.masked_fill(place > slots.positions[:, None, None], -torch.inf)
+    return torch.einsum("thn,tnc->thc", scores.softmax(-1).to(latent.dtype), seen)
+
+
+def stored_latents(slots: CacheSlots, at: tuple[Any, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The latents at an index of (rows, positions), in `dtype`."""
+    if slots.scales is None:
+        return slots.latents[at].to(dtype)
+    codes = slots.latents.view(torch.uint8)[at].view(slots.latents.dtype)
+    return (codes.float() * slots.scales[at][..., None]).to(dtype)
 
 
 def check_prologue(
@@ -120,7 +141,7 @@ def check_prologue(
     """Shapes and dtypes of mla_prologue's tensors."""
     for name, tensor in (("compressed", compressed), ("norm", norm)):
         checks.check_dtype(f"{op}: {name}", tensor.dtype, (query.dtype,))
-    _check_width(op, "compressed", compressed.shape[-1], slots.tokens)
+    _check_width(op, "compressed", compressed.shape[-1], slots)
     checks.check_shape(f"{op}: compressed", tuple(compressed.shape), (query.shape[0], compressed.shape[1]))
 
 
@@ -128,11 +149,12 @@ def check_decode(op: str, latent: torch.Tensor, rope: torch.Tensor, slots: Cache
     """Shapes and dtypes of mla_decode's tensors."""
     checks.check_dtype(f"{op}: rope", rope.dtype, (latent.dtype,))
     checks.check_shape(f"{op}: rope", tuple(rope.shape), (*latent.shape[:2], rope.shape[2]))
-    _check_width(op, "latent and rope", latent.shape[-1] + rope.shape[-1], slots.tokens)
+    _check_width(op, "latent and rope", latent.shape[-1] + rope.shape[-1], slots)
 
 
-def _check_width(op: str, name: str, width: int, cache: torch.Tensor) -> None:
-    if width != cache.shape[-1]:
+def _check_width(op: str, name: str, width: int, slots: CacheSlots) -> None:
+    cached = slots.latents.shape[-1] + slots.keys.shape[-1]
+    if width != cached:
         raise BlockscaleError(
-            "wrong width", where=f"{op}: {name}", expected=f"{cache.shape[-1]}, as the cache", got=width
+            "wrong width", where=f"{op}: {name}", expected=f"{cached}, as the cache", got=width
         )

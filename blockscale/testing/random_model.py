@@ -14,26 +14,39 @@ from blockscale.checkpoint.shapes import parameters_of
 from blockscale.checkpoint.strips import dtype_of
 from blockscale.formats import BlockFP8, scale_name, scaled_weight_name
 from blockscale.model.architecture import ModelConfig
+from blockscale.model.ranks import ONE, Ranks
+from blockscale.model.store import Store
 from blockscale.model.transformer import Transformer
-from blockscale.model.weights import Store, Weights
+from blockscale.model.weights import Weights
 
 _QUANTIZED = ("attention", "dense_mlp", "shared_experts", "experts")
 
 
 def random_model(
-    config: ModelConfig, device: torch.device, *, fmt: BlockFP8 | None = None, seed: int = 0
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    fmt: BlockFP8 | None = None,
+    seed: int = 0,
+    mtp: bool = False,
+    ranks: Ranks = ONE,
 ) -> Transformer:
     """A BF16 model whose activations stay of the size of one: weights have variance 1 / inputs.
+
+    Several ranks have parts of the same weights, each of which is made whole for that.
 
     Args:
         config: its architecture.
         device: where it is made.
         fmt: of the linear layers that DeepSeek-V3 stores in FP8; None to leave them in BF16.
         seed: of the weights; models of the same seed differ by quantization alone.
+        mtp: with the multi-token prediction layer that the config must have.
+        ranks: that share it.
     """
     entries = _entries(config, fmt)
     store = Store(entries, _Maker(device, fmt, seed).bytes_of)
-    return Transformer(config, Weights(store, device, torch.bfloat16, fmt or BlockFP8()))
+    weights = Weights(store, device, torch.bfloat16, fmt or BlockFP8(), ranks=ranks)
+    return Transformer(config, weights, mtp=mtp)
 
 
 def _entries(config: ModelConfig, fmt: BlockFP8 | None) -> dict[str, TensorEntry]:

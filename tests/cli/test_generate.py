@@ -1,11 +1,13 @@
 """`blockscale generate` on a trained model, as it is and quantized; what it refuses."""
 
 import io
+import re
 import sys
 
 import pytest
 
 from tests import data
+from tests.model import models
 
 pytestmark = pytest.mark.skipif(not data.TINY_DEEPSEEK.is_dir(), reason=f"no {data.TINY_DEEPSEEK.name} here")
 
@@ -34,6 +36,17 @@ def test_every_line_of_a_file_is_answered(fp8, tmp_path, blockscale):
         assert "16 written" in err
 
 
+def test_drafts_change_no_text_and_are_counted(tmp_path, blockscale):
+    models.tiny_mtp(tmp_path / "model")
+    (tmp_path / "prompts").write_text("Who are you?\nTell me of the sea.\n")
+    options = ("--input-file", tmp_path / "prompts", "--max-new-tokens", 12, "--temperature", 0)
+    _, plain, told = blockscale("generate", "--ckpt-path", tmp_path / "model", *options)
+    code, out, err = blockscale("generate", "--ckpt-path", tmp_path / "model", *options, "--mtp")
+    assert (code, out) == (0, plain)
+    assert "drafts accepted" not in told
+    assert re.search(r"24 written, [0-9.]+ tokens/s, \d+% of \d+ drafts accepted", err)
+
+
 def test_a_chat_goes_on_until_exit(blockscale, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n/clear\nWho are you?\n\n/exit\nnot read\n"))
     chat = ("--interactive", "--max-new-tokens", 6, "--temperature", 0)
@@ -55,6 +68,10 @@ def test_a_chat_goes_on_until_exit(blockscale, monkeypatch):
             "shape is not that of the config",
         ),
         (("--input-file", "no such file"), "no such file: cannot be read"),
+        (
+            ("--interactive", "--mtp"),
+            "checkpoint has no multi-token prediction layer (expected model.layers.6.",
+        ),
     ],
 )
 def test_what_is_refused(arguments, message, blockscale):

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from blockscale.errors import BlockscaleError
+from blockscale.metrics import kl_divergence
+from blockscale.model.decode import decode
 from blockscale.model.generate import Sampling, generate
 from blockscale.model.load import load_model
+from blockscale.model.prefill import prefill
 from blockscale.model.text import Growing
 from tests.model import models
 
@@ -27,6 +30,23 @@ def test_stop_tokens_end_a_sequence_and_are_left_out(model):
     assert stopped == [each[:end] for each, end in zip(free, ends, strict=True)]
     assert ends[0] is not None
     assert ends[0] < 10
+
+
+def test_a_cache_in_fp8_is_smaller_and_near(model):
+    prompt, token = [list(range(3, 90))], torch.tensor([9])
+    plain, fp8 = (model.cache(1, 128, fp8=wanted) for wanted in (False, True))
+    steps = [
+        # Prefill expands what is cached; decoding reads it as it is.
+        (prefill(model, cache, prompt), decode(model, cache, [0], token, [88]))
+        for cache in (plain, fp8)
+    ]
+    for exact, near in zip(*steps, strict=True):
+        # Random weights make the most of an error; without scales the codes would say anything.
+        assert 0 < kl_divergence(exact, near) < 0.3
+    config = model.config
+    latent, key = config.kv_lora_rank, config.qk_rope_head_dim
+    assert fp8.bytes_per_token == config.num_hidden_layers * (latent + 4 * key + 4)
+    assert len(generate(model, prompt, max_new_tokens=5, stop=[], fp8_cache=True)[0]) == 5
 
 
 def test_a_listener_hears_every_token_and_may_end_a_sequence(model):

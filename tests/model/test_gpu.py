@@ -7,8 +7,11 @@ from blockscale.formats import BlockFP8
 from blockscale.metrics import kl_divergence
 from blockscale.model.attention import Batch
 from blockscale.model.config import from_huggingface
-from blockscale.model.decode import DecodeGraphs, decode
-from blockscale.model.generate import generate, prefill
+from blockscale.model.decode import decode, decoder
+from blockscale.model.generate import generate
+from blockscale.model.load import load_model
+from blockscale.model.prefill import prefill
+from blockscale.model.speculative import Drafting
 from blockscale.testing.random_model import random_model
 
 pytestmark = pytest.mark.gpu
@@ -92,7 +95,7 @@ def test_graphs_do_what_eager_calls_do(model, count):
     eager, captured = model.cache(count, 1024), model.cache(count, 1024)
     for cache in (eager, captured):
         prefill(model, cache, some)
-    graphs = DecodeGraphs(model, captured)
+    graphs = decoder(model, captured)
     tokens = torch.arange(count, device="cuda")
     for step in range(1, 4):
         now = [length + step for length in lengths]
@@ -100,7 +103,24 @@ def test_graphs_do_what_eager_calls_do(model, count):
         got = graphs(range(count), tokens, now)
         assert kl_divergence(expected, got).mean() < CLOSE
         tokens = expected.argmax(-1)
-    torch.testing.assert_close(captured.tokens.float(), eager.tokens.float(), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(captured.latents.float(), eager.latents.float(), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_drafting_in_graphs_is_drafting_without(fmt, count):
+    config = from_huggingface({**V3, "num_nextn_predict_layers": 1})
+    model = random_model(config, torch.device("cuda"), fmt=fmt, mtp=True)
+    lengths = [300 + 41 * row for row in range(count)]
+    seen = {}
+    for draws in (False, True):  # what draws takes no graphs
+        drafting = Drafting(model, model.mtp, model.cache(count, 512), lambda x: x.argmax(-1), draws)
+        states = [drafting.start(prompts(*lengths)).clone()]
+        for step in range(4):
+            now = [length + 2 * step for length in lengths]
+            states.append(drafting.advance(range(count), states[-1], now).clone())
+        seen[draws] = torch.stack(states)
+    assert torch.equal(seen[False], seen[True])
 
 
 def test_sequences_of_a_batch_do_not_see_each_other(model):
@@ -119,6 +139,17 @@ def test_sequences_of_a_batch_do_not_see_each_other(model):
         (alone,) = generate(model, [prompt], max_new_tokens=6, stop=())
         # Near-ties may fall either way; the first tokens decide little.
         assert alone[:1] == together[number][:1]
+
+
+def test_a_cache_in_fp8_changes_little(model):
+    (prompt,) = prompts(600)
+    logits = []
+    for fp8 in (False, True):
+        cache = model.cache(1, 1024, fp8=fp8)
+        prefill(model, cache, [prompt[:-1]])
+        token = torch.tensor(prompt[-1:], device="cuda")
+        logits.append(decode(model, cache, [0], token, [600]))
+    assert 0 < kl_divergence(*logits).mean() < 0.1
 
 
 def test_naive_and_absorbed_attention_of_a_call_agree(model):
@@ -148,3 +179,20 @@ def _copy_part(theirs, ours):
     elif hasattr(theirs, "__dict__") and type(theirs).__module__.startswith("blockscale.model"):
         for name, each in vars(theirs).items():
             _copy_part(each, vars(ours)[name])
+
+
+@pytest.mark.parametrize("family", ["v2", "v3"])
+def test_float32_logits_are_those_of_transformers(tmp_path, family):
+    """Kernels, graphs and experts one by one, where nothing is rounded to 16 bits."""
+    from tests.model import models
+
+    theirs = models.make(tmp_path, family)
+    ours = load_model(tmp_path, device="cuda", dtype=torch.float32)
+    (prompt,) = prompts(60)
+    prompt = [token % 320 for token in prompt]
+    expected = models.logits(theirs, prompt)[-1]
+    cache = ours.cache(1, 64)
+    prefill(ours, cache, [prompt[:-1]])
+    token = torch.tensor(prompt[-1:], device="cuda")
+    (step,) = decoder(ours, cache)([0], token, [60])
+    torch.testing.assert_close(step.cpu(), expected, rtol=0, atol=1e-4)

@@ -5,8 +5,9 @@ import torch
 
 from blockscale.model.attention import Batch
 from blockscale.model.decode import decode
-from blockscale.model.generate import generate, prefill
+from blockscale.model.generate import generate
 from blockscale.model.load import load_model
+from blockscale.model.prefill import prefill
 from tests import data
 from tests.model import models
 
@@ -75,7 +76,7 @@ def test_absorbed_attention_is_naive_attention(pair):
 def test_a_prompt_read_in_pieces_is_the_prompt(pair, monkeypatch):
     theirs, ours = pair
     prompts = [tokens(50), tokens(7, 1), tokens(33, 2)]
-    monkeypatch.setattr("blockscale.model.generate._PREFILL_TOKENS", 16)
+    monkeypatch.setattr("blockscale.model.prefill._PREFILL_TOKENS", 16)
     got = prefill(ours, ours.cache(3, 64), prompts)
     for row, prompt in enumerate(prompts):
         torch.testing.assert_close(got[row], models.logits(theirs, prompt)[-1], rtol=0, atol=LIMIT)

@@ -14,9 +14,9 @@ from blockscale.checkpoint.precision import parse_precision
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.errors import BlockscaleError
 from blockscale.model.config import ModelConfig, load_config
-from blockscale.model.generate import prefill
 from blockscale.model.load import load_model
 from blockscale.model.model_args import MODEL_ARGS
+from blockscale.model.prefill import prefill
 from tests import data
 from tests.model import models
 from tests.model.configs import BAD, refusal

@@ -12,8 +12,9 @@ from blockscale.checkpoint.convert import dequantize_checkpoint, quantize_checkp
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.errors import BlockscaleError, CorruptCheckpointError, MissingScaleError
 from blockscale.model.config import load_config
-from blockscale.model.generate import generate, prefill
+from blockscale.model.generate import generate
 from blockscale.model.load import load_model
+from blockscale.model.prefill import prefill
 from tests import data
 from tests.model import models
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blockscale.ops import moe_route
+from blockscale.ops import moe_choose, moe_route
 from blockscale.reference import routing
 from blockscale.reference.routing import Routing
 from blockscale.testing.asserts import assert_bitwise_equal
@@ -51,3 +51,18 @@ def test_the_correction_bias_counts_in_the_choice_alone(device):
 def test_equal_scores_go_to_the_first(device):
     experts, _ = moe_route(torch.zeros(1, 8, device=device), None, Routing(3, "softmax"), backend="triton")
     assert experts.tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "width"), [(1, 64, 2048), (20, 20, 200), (150, 16, 384)])
+def test_logits_are_exact_products_in_float32(device, tokens, experts, width, wide):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, width, generator=generator).bfloat16()
+    weight = (torch.randn(experts, width, generator=generator) / width**0.5).bfloat16()
+    rule = Routing(3, "softmax", shared=1)
+    exact = torch.nn.functional.linear(x.double(), weight.double()).float()
+    expected = routing.moe_route(exact, None, rule)
+    given = weight.float() if wide else weight
+    got = moe_choose(*on(device, x, given), None, rule, backend="triton")
+    assert_bitwise_equal(got[0].cpu(), expected[0], "experts")
+    torch.testing.assert_close(got[1].cpu(), expected[1], rtol=1e-5, atol=0)

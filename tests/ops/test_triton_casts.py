@@ -287,13 +287,16 @@ def test_asking_for_triton_where_it_cannot_run_is_an_error(monkeypatch):
         ops.quantize_weight(torch.zeros((4, 4), device="meta"), backend="triton")
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     dispatch._triton_obstacle.cache_clear()
+    dispatch.triton_kernels.cache_clear()
     with pytest.raises(BlockscaleError, match=r"backend triton is not available .*works on CUDA tensors"):
         ops.quantize_weight(torch.zeros(4, 4), backend="triton")
     monkeypatch.setitem(sys.modules, "triton", None)
     dispatch._triton_obstacle.cache_clear()
+    dispatch.triton_kernels.cache_clear()
     with pytest.raises(BlockscaleError, match="triton cannot be imported"):
         ops.quantize_weight(torch.zeros(4, 4), backend="triton")
     dispatch._triton_obstacle.cache_clear()
+    dispatch.triton_kernels.cache_clear()
 
 
 def test_importing_the_ops_does_not_import_triton():

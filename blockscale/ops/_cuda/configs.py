@@ -269,8 +269,8 @@ def choose(kind: Kind, sizes: tuple[int, int, int], experts: int, processors: in
     if m <= _FEW_ROWS and kind == "dense":
         return _choose_few(m, n, processors)
     if m <= _FEW_ROWS and kind == "masked" and experts <= MOST_EXPERTS:
-        rows = _padded(m)  # experts fill the machine by themselves
-        return FewTile(rows) if rows <= 64 else FewTile(rows, warpgroups=2, waves=1, occupancy=1)
+        rows = _padded(m)  # experts fill the machine by themselves, the more evenly the smaller tiles are
+        return FewTile(rows, waves=1) if rows <= 64 else FewTile(rows, warpgroups=2, waves=1, occupancy=1)
 
     def cost(tile: Tile) -> float:
         rows, columns = tile.super_tile

@@ -133,8 +133,10 @@ def _run(kind: Kind, tensors: tuple[Any, ...], rows: int, tile: AnyTile | None) 
         with torch.cuda.device(device):
             _run(kind, tensors, rows, tile)
         return
+    # The stream as a number: an object for it takes as long to make as a launch.
+    stream = torch._C._cuda_getCurrentRawStream(device)
     launch = _prepare(
-        kind, tile, rows, (device, torch.cuda.current_stream().cuda_stream),
+        kind, tile, rows, (device, stream),
         tuple([0 if x is None else x.data_ptr() for x in tensors]),
         (a.shape, b.shape), (a.stride(), a_scale.stride(), b.stride(), b_scale.stride(), out.stride()),
         (out.dtype, None if bias is None else bias.dtype),

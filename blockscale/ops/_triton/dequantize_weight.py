@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockscale.ops._triton.device import current
+from blockscale.ops._triton.device import cdiv, current, next_power_of_2
 from blockscale.ops._triton.e4m3 import converts_to_e4m3, e4m3_value, narrow_canonical
 
 # 32 values a thread: a quarter of a 128 x 128 block, rows of 128 codes (whole sectors of memory).
@@ -62,9 +62,9 @@ def dequantize_weight(
     experts, n, k = codes.shape
     grid_n, grid_k = scale.shape[1:]
     block_n, block_k = min(block_size[0], n), min(block_size[1], k)
-    width = min(triton.next_power_of_2(block_k), _TILE_VALUES)
-    height = min(triton.next_power_of_2(block_n), _TILE_VALUES // width)
-    tiles_n, tiles_k = triton.cdiv(block_n, height), triton.cdiv(block_k, width)  # of a block
+    width = min(next_power_of_2(block_k), _TILE_VALUES)
+    height = min(next_power_of_2(block_n), _TILE_VALUES // width)
+    tiles_n, tiles_k = cdiv(block_n, height), cdiv(block_k, width)  # of a block
     with current(codes.device):
         _dequantize_weight_kernel[(grid_n * tiles_n * grid_k * tiles_k, experts)](
             codes.view(torch.uint8),

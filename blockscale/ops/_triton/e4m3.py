@@ -163,6 +163,15 @@ def widen(x):
 
 
 @triton.jit
+def operand(x, dtype: tl.constexpr):
+    """x as tensor cores take it; the interpreter multiplies float32."""
+    if INTERPRETED:
+        return widen(x)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """float32 x rounded to nearest even to `dtype`, with the bits of a NaN as they come."""
     if INTERPRETED and dtype == tl.bfloat16:

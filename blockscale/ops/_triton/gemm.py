@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 
 from blockscale.ops._triton import device
+from blockscale.ops._triton.device import cdiv
 
 _GROUP_M = 8
 
@@ -177,7 +178,7 @@ def _launch(
     (m, k), n = a.shape, b.shape[-2]
     if m == 0:
         return out
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
     with device.current(a.device):
         _fp8_gemm_kernel[grid](
             a,

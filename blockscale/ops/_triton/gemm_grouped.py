@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from blockscale.ops._triton import device
+from blockscale.ops._triton.device import cdiv, next_power_of_2
 from blockscale.ops._triton.gemm_small_m import store_transposed, weights_ahead
 from blockscale.ops._triton.gemm_weights import tokens_times_weights
 
@@ -95,9 +96,9 @@ def _m_grouped_fp8_gemm_masked_kernel(
 def choose_masked(expected_m: int, m_max: int) -> MaskedConfig:
     """The configuration for about `expected_m` tokens an expert, at most `m_max`."""
     typical = max(1, min(expected_m, m_max))
-    block_m = max(16, triton.next_power_of_2(min(typical, 128)))
+    block_m = max(16, next_power_of_2(min(typical, 128)))
     depth, stages = weights_ahead(block_m)
-    return MaskedConfig(block_m, 64, triton.cdiv(typical, block_m), depth, stages, 4)
+    return MaskedConfig(block_m, 64, cdiv(typical, block_m), depth, stages, 4)
 
 
 def m_grouped_fp8_gemm_nt_masked(
@@ -115,7 +116,7 @@ def m_grouped_fp8_gemm_nt_masked(
     if a.numel() == 0:
         return out
     config = config or choose_masked(expected_m, m_max)
-    grid = (triton.cdiv(n, config.block_n), config.row_programs, experts)
+    grid = (cdiv(n, config.block_n), config.row_programs, experts)
     with device.current(a.device):
         _m_grouped_fp8_gemm_masked_kernel[grid](
             a,

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from blockscale.ops._triton import device
+from blockscale.ops._triton.device import cdiv, next_power_of_2
 from blockscale.ops._triton.gemm_weights import tokens_times_weights
 
 # Upper 56 bits of a counter. As float32 pairs it is a NaN with an odd payload, which no tensor holds by
@@ -144,9 +145,9 @@ def _fp8_gemm_small_m_kernel(
 
 def choose_config(m: int, n: int, k: int, processors: int) -> SmallMConfig:
     """The configuration for a shape on a GPU with that many multiprocessors."""
-    block_m = max(16, triton.next_power_of_2(min(m, 128)))
-    programs = triton.cdiv(n, 64) * triton.cdiv(m, block_m)
-    groups = triton.cdiv(k, 128)
+    block_m = max(16, next_power_of_2(min(m, 128)))
+    programs = cdiv(n, 64) * cdiv(m, block_m)
+    groups = cdiv(k, 128)
     # About two programs a multiprocessor, each with at least four groups to multiply.
     split_k = max(1, min(2 * processors // programs, groups // 4, 16))
     depth, stages = weights_ahead(block_m)
@@ -174,7 +175,7 @@ def fp8_gemm_nt(
     if m == 0:
         return out
     config = config or choose_config(m, n, k, device.processors(a.device))
-    grid = (triton.cdiv(n, config.block_n), config.split_k, triton.cdiv(m, config.block_m))
+    grid = (cdiv(n, config.block_n), config.split_k, cdiv(m, config.block_m))
     counters, partials = _workspace(grid, config, a.device)
     with device.current(a.device):
         _fp8_gemm_small_m_kernel[grid](

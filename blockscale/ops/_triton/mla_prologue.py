@@ -1,10 +1,12 @@
 """Rotary embedding of queries and keys, RMSNorm of latents, and the write to the cache, in one kernel.
 
-    query[t, h, -R:] = turn(query[t, h, -R:], position[t])                       in place
-    cache[row[t], position[t]] = [rms_norm(latent[t]) * norm, turn(key[t], position[t])]
+    query[t, h, -R:] = turn(query[t, h, -R:], position[t])                 in place
+    latents[row[t], position[t]] = rms_norm(latent[t]) * norm              or E4M3 codes of it and a scale
+    keys[row[t], position[t]] = turn(key[t], position[t])
 
-query (T, H, D), compressed (T, C + R) = [latent, key], cache (rows, positions, C + R). Two programs a token:
-one for its queries, one for what is cached. Turns in float32, rounded once; the norm as `rms_norm_quantize`.
+query (T, H, D), compressed (T, C + R) = [latent, key], latents (rows, positions, C), keys (rows, positions,
+R). Two programs a token: one for its queries, one for what is cached. Turns in float32, rounded once; the
+norm and codes as `rms_norm_quantize` makes them.
 """
 
 from __future__ import annotations
@@ -13,8 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
-from blockscale.ops._triton.device import current
-from blockscale.ops._triton.e4m3 import narrow, through, widen
+from blockscale.ops._triton.device import current, next_power_of_2, overlap, wait_for_previous_kernel
+from blockscale.ops._triton.e4m3 import (
+    activation_scale,
+    converts_to_e4m3,
+    magnitude,
+    narrow,
+    scaled_codes,
+    through,
+    widen,
+)
 from blockscale.reference.attention import CacheSlots, RotaryTable
 
 
@@ -32,12 +42,17 @@ def _mla_prologue_kernel(
     sin_ptr,
     positions_ptr,
     rows_ptr,
-    cache_ptr,
+    latents_ptr,
+    keys_ptr,
+    scales_ptr,
     query_token_stride,
     query_head_stride,
     compressed_stride,
-    cache_row_stride,
-    cache_position_stride,
+    latents_row_stride,
+    latents_position_stride,
+    keys_row_stride,
+    keys_position_stride,
+    scales_row_stride,
     heads,
     nope,
     latent_width,
@@ -47,7 +62,11 @@ def _mla_prologue_kernel(
     HEADS: tl.constexpr,
     LATENT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous_kernel(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token)
     pair = tl.arange(0, HALF_PADDED)
@@ -70,8 +89,9 @@ def _mla_prologue_kernel(
     else:
         source = compressed_ptr + token * compressed_stride
         row = tl.load(rows_ptr + token)
-        target = cache_ptr + row * cache_row_stride + position * cache_position_stride
-        stored: tl.constexpr = cache_ptr.dtype.element_ty
+        latents = latents_ptr + row * latents_row_stride + position * latents_position_stride
+        keys = keys_ptr + row * keys_row_stride + position * keys_position_stride
+        stored: tl.constexpr = keys_ptr.dtype.element_ty
         column = tl.arange(0, LATENT)
         filled = column < latent_width
         latent = widen(tl.load(source + column, mask=filled, other=0.0))
@@ -79,14 +99,20 @@ def _mla_prologue_kernel(
         variance = tl.div_rn(tl.sum(wide * wide, axis=0).to(tl.float32), latent_width.to(tl.float32))
         normalized = through(latent * tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), dtype)
         weight = widen(tl.load(norm_ptr + column, mask=filled, other=0.0))
-        tl.store(target + column, narrow(through(normalized * weight, dtype), stored), mask=filled)
+        y = through(normalized * weight, dtype)
+        if SCALED:
+            CORRECTIONS: tl.constexpr = 2 if dtype == tl.float32 else 1
+            scale = activation_scale(tl.max(magnitude(y), axis=0), False)
+            tl.store(latents + column, scaled_codes(y, scale, CORRECTIONS, False, NATIVE), mask=filled)
+            tl.store(scales_ptr + row * scales_row_stride + position, scale)
+        else:
+            tl.store(latents + column, narrow(y, stored), mask=filled)
         key = source + latent_width
         left = widen(tl.load(key + first_at, mask=inside, other=0.0))
         right = widen(tl.load(key + second_at, mask=inside, other=0.0))
         left, right = _turned(left, right, cos, sin)
-        target += latent_width
-        tl.store(target + pair, narrow(through(left, dtype), stored), mask=inside)
-        tl.store(target + pair + HALF, narrow(through(right, dtype), stored), mask=inside)
+        tl.store(keys + pair, narrow(through(left, dtype), stored), mask=inside)
+        tl.store(keys + pair + HALF, narrow(through(right, dtype), stored), mask=inside)
 
 
 def mla_prologue(
@@ -97,8 +123,9 @@ def mla_prologue(
     table: RotaryTable,
     slots: CacheSlots,
 ) -> None:
-    """As `ops.mla_prologue`; unit strides along the last dimension of query, compressed and cache."""
-    half, cache = table.cos.shape[1], slots.tokens
+    """As `ops.mla_prologue`; unit strides along the last dimension of everything."""
+    half, latents, keys = table.cos.shape[1], slots.latents, slots.keys
+    scales = slots.scales
     with current(query.device):
         _mla_prologue_kernel[(query.shape[0], 2)](
             query,
@@ -108,21 +135,29 @@ def mla_prologue(
             table.sin,
             slots.positions,
             slots.rows,
-            cache,
+            latents if scales is None else latents.view(torch.uint8),
+            keys,
+            keys if scales is None else scales,
             query.stride(0),
             query.stride(1),
             compressed.stride(0),
-            cache.stride(0),
-            cache.stride(1),
+            latents.stride(0),
+            latents.stride(1),
+            keys.stride(0),
+            keys.stride(1),
+            0 if scales is None else scales.stride(0),
             query.shape[1],
             query.shape[2] - 2 * half,
             norm.shape[0],
             eps,
             HALF=half,
-            HALF_PADDED=triton.next_power_of_2(half),
-            HEADS=triton.next_power_of_2(query.shape[1]),
-            LATENT=triton.next_power_of_2(norm.shape[0]),
+            HALF_PADDED=next_power_of_2(half),
+            HEADS=next_power_of_2(query.shape[1]),
+            LATENT=next_power_of_2(norm.shape[0]),
             INTERLEAVED=table.interleaved,
+            SCALED=scales is not None,
+            NATIVE=converts_to_e4m3(query.device),
             num_warps=4,
             enable_fp_fusion=False,
+            **overlap(query.device),
         )

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockscale.ops._triton.device import current
+from blockscale.ops._triton.device import cdiv, current
 
 _BLOCK = 8192  # values a program looks at
 _NUM_WARPS = 4
@@ -49,7 +49,7 @@ def count_nonfinite(x: torch.Tensor) -> torch.Tensor:
     integer, limit = _BITS[x.dtype]
     found = torch.zeros(2, dtype=torch.int64, device=x.device)
     with current(x.device):
-        _find_nonfinite_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
+        _find_nonfinite_kernel[(cdiv(x.numel(), _BLOCK),)](
             x.view(integer),
             found,
             x.numel(),

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockscale.ops._triton.device import current
+from blockscale.ops._triton.device import cdiv, current, next_power_of_2, overlap, wait_for_previous_kernel
 from blockscale.ops._triton.e4m3 import narrow_canonical, widen
 
 _CHUNK = 128  # slots a program ranks by comparing all pairs
@@ -127,7 +127,9 @@ def _combine_kernel(
     rows_stride,
     TOPK: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous_kernel(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -150,8 +152,8 @@ def route(
 ) -> None:
     """Fill positions (T, topk) and m_indices (M,) from expert_ids (T, topk), all contiguous."""
     slots = expert_ids.numel()
-    chunks = triton.cdiv(slots, _CHUNK)
-    experts = triton.next_power_of_2(num_experts)
+    chunks = cdiv(slots, _CHUNK)
+    experts = next_power_of_2(num_experts)
     counts = torch.empty((chunks, num_experts), dtype=torch.int32, device=expert_ids.device)
     m_indices.fill_(-1)
     with current(expert_ids.device):
@@ -200,8 +202,8 @@ def scatter(
             scale.stride(1),
             row_scale.stride(1),
             TOPK=topk,
-            BLOCK=min(_COPY_BYTES, triton.next_power_of_2(target.shape[1])),
-            GROUPS=triton.next_power_of_2(groups) if groups else 0,
+            BLOCK=min(_COPY_BYTES, next_power_of_2(target.shape[1])),
+            GROUPS=next_power_of_2(groups) if groups else 0,
             num_warps=4,
         )
 
@@ -210,9 +212,9 @@ def combine(rows: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor, 
     """out[t] = sum of weights[t, j] * rows[positions[t, j]], j ascending, in float32."""
     tokens, topk = positions.shape
     columns = rows.shape[1]
-    block = min(_COMBINE_VALUES, triton.next_power_of_2(columns))
+    block = min(_COMBINE_VALUES, next_power_of_2(columns))
     with current(rows.device):
-        _combine_kernel[(tokens, triton.cdiv(columns, block))](
+        _combine_kernel[(tokens, cdiv(columns, block))](
             rows,
             positions,
             weights,
@@ -223,4 +225,5 @@ def combine(rows: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor, 
             BLOCK=block,
             num_warps=4,
             enable_fp_fusion=False,
+            **overlap(rows.device),
         )

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockscale.ops._triton.device import current
+from blockscale.ops._triton.device import current, next_power_of_2, overlap, wait_for_previous_kernel
 
 _SLOTS_AT_ONCE = 256  # that a token's slots are compared with
 _COPY_BYTES = 4096  # of a row moved at a time
@@ -41,7 +41,9 @@ def _permute_masked_kernel(
     AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous_kernel(OVERLAPS)
     program = tl.program_id(0)
     if program < experts:
         count = tl.zeros((AT_ONCE,), tl.int32)
@@ -118,9 +120,10 @@ def permute_masked(
             from_scale.stride(1),
             to_scale.stride(-1),
             TOPK=topk,
-            SLOTS=triton.next_power_of_2(topk),
+            SLOTS=next_power_of_2(topk),
             AT_ONCE=_SLOTS_AT_ONCE,
-            BLOCK=min(_COPY_BYTES, triton.next_power_of_2(target.shape[2])),
-            GROUPS=triton.next_power_of_2(groups) if groups else 0,
+            BLOCK=min(_COPY_BYTES, next_power_of_2(target.shape[2])),
+            GROUPS=next_power_of_2(groups) if groups else 0,
             num_warps=4,
+            **overlap(x.device),
         )

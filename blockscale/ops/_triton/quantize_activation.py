@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockscale.ops._triton.device import current
+from blockscale.ops._triton.device import cdiv, current, next_power_of_2, overlap, wait_for_previous_kernel
 from blockscale.ops._triton.e4m3 import activation_scale, converts_to_e4m3, magnitude, scaled_codes, widen
 
 # Values a program takes: 8 KB of BF16 and 32 values a thread, enough loads in flight with 8 programs on a
@@ -42,12 +42,12 @@ class Tiling(NamedTuple):
 
 def tiling(rows: int, groups: int, group_size: int) -> Tiling:
     """Tiles of about TILE_VALUES values, with no groups past the end of a row and few rows past the last."""
-    width = triton.next_power_of_2(group_size)
+    width = next_power_of_2(group_size)
     most = max(1, TILE_VALUES // width)
     across = min(most, groups & -groups, _MOST_GROUPS_ACROSS)  # a power of two that divides `groups`
-    down = min(most // across, triton.next_power_of_2(rows))
+    down = min(most // across, next_power_of_2(rows))
     warps = max(1, min(16, NUM_WARPS * across * down * width // TILE_VALUES))
-    return Tiling(down, across, groups // across, triton.cdiv(rows, down) * (groups // across), warps)
+    return Tiling(down, across, groups // across, cdiv(rows, down) * (groups // across), warps)
 
 
 @triton.jit
@@ -78,7 +78,9 @@ def _quantize_activation_kernel(
     GROUPS: tl.constexpr,
     POW2: tl.constexpr,
     NATIVE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous_kernel(OVERLAPS)
     CORRECTIONS: tl.constexpr = 2 if x_ptr.dtype.element_ty == tl.float32 else 1
     row, group = tile_offsets(tiles_across, ROWS, GROUPS)
     inside = tl.arange(0, WIDTH)
@@ -109,10 +111,11 @@ def quantize_activation(
             scale.stride(1),
             tiles.across,
             GROUP_SIZE=group_size,
-            WIDTH=triton.next_power_of_2(group_size),
+            WIDTH=next_power_of_2(group_size),
             ROWS=tiles.rows,
             GROUPS=tiles.groups,
             POW2=pow2,
             NATIVE=converts_to_e4m3(x.device),
             num_warps=tiles.warps,
+            **overlap(x.device),
         )

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockscale.ops._triton.device import current
+from blockscale.ops._triton.device import current, next_power_of_2
 from blockscale.ops._triton.e4m3 import converts_to_e4m3, magnitude, scaled_weight_codes, weight_scale, widen
 
 # 64 values of a 128 x 128 block a thread; two programs fit on a multiprocessor: one loads, the other stores.
@@ -76,8 +76,8 @@ def quantize_weight(
     grid_n, grid_k = scale.shape[1:]
     block_n, block_k = block_size
     # A block that reaches past the weight ends with it.
-    height = triton.next_power_of_2(min(block_n, n))
-    width = triton.next_power_of_2(min(block_k, k))
+    height = next_power_of_2(min(block_n, n))
+    width = next_power_of_2(min(block_k, k))
     bad = torch.zeros(1, dtype=torch.int32, device=x.device) if bad is None else bad
     with current(x.device):
         _quantize_weight_kernel[(grid_n * grid_k, experts)](
@@ -103,5 +103,5 @@ def quantize_weight(
 
 def fits(shape: tuple[int, ...], block_size: tuple[int, int]) -> bool:
     """Whether a block of a weight (..., N, K) fits the registers of a program."""
-    height = triton.next_power_of_2(min(block_size[0], shape[-2]))
-    return height * triton.next_power_of_2(min(block_size[1], shape[-1])) <= LARGEST_BLOCK
+    height = next_power_of_2(min(block_size[0], shape[-2]))
+    return height * next_power_of_2(min(block_size[1], shape[-1])) <= LARGEST_BLOCK

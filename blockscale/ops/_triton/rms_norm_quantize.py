@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from blockscale.formats import BlockFP8
-from blockscale.ops._triton.device import current
+from blockscale.ops._triton.device import cdiv, current, next_power_of_2, overlap, wait_for_previous_kernel
 from blockscale.ops._triton.e4m3 import (
     activation_scale,
     converts_to_e4m3,
@@ -31,7 +31,8 @@ from blockscale.ops._triton.e4m3 import (
 from blockscale.ops.dispatch import as_rows
 
 # 32 values a thread, 8 warps for a row of 7168 or 8192: four or more rows in flight on a multiprocessor.
-_VALUES_PER_WARP = 1024
+# Where rows are few, 8 values a thread and more threads take less time for each.
+_VALUES_PER_WARP, _VALUES_IF_FEW, _FEW_ROWS = 1024, 256, 264
 _MOST_WARPS = 16
 # A row has to fit the registers of one program.
 LARGEST_ROW = 1 << 15
@@ -61,7 +62,9 @@ def _rms_norm_quantize_kernel(
     QUANTIZES: tl.constexpr,
     POW2: tl.constexpr,
     NATIVE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous_kernel(OVERLAPS)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     CORRECTIONS: tl.constexpr = 2 if dtype == tl.float32 else 1
     row = tl.program_id(0).to(tl.int64)
@@ -93,8 +96,8 @@ def _rms_norm_quantize_kernel(
 
 def fits(columns: int, group_size: int) -> bool:
     """Whether a row of groups fits the registers of a program."""
-    groups = triton.cdiv(max(1, columns), group_size)
-    return triton.next_power_of_2(groups) * triton.next_power_of_2(group_size) <= LARGEST_ROW
+    groups = cdiv(max(1, columns), group_size)
+    return next_power_of_2(groups) * next_power_of_2(group_size) <= LARGEST_ROW
 
 
 class Outputs(NamedTuple):
@@ -119,9 +122,10 @@ def rms_norm_quantize(
     residual = None if residual is None else as_rows(residual)
     codes, scale, y, hidden = outputs
     rows, columns = x.shape
-    groups, width = triton.cdiv(columns, group_size), triton.next_power_of_2(group_size)
-    groups_held = triton.next_power_of_2(groups)
+    groups, width = cdiv(columns, group_size), next_power_of_2(group_size)
+    groups_held = next_power_of_2(groups)
     strides = (0, 0) if scale is None else scale.stride()
+    values = _VALUES_IF_FEW if rows <= _FEW_ROWS else _VALUES_PER_WARP
     with current(x.device):
         _rms_norm_quantize_kernel[(rows,)](
             x,
@@ -145,5 +149,6 @@ def rms_norm_quantize(
             QUANTIZES=codes is not None,
             POW2=fmt.scale_fmt == "ue8m0",
             NATIVE=converts_to_e4m3(x.device),
-            num_warps=min(_MOST_WARPS, max(1, groups_held * width // _VALUES_PER_WARP)),
+            num_warps=min(_MOST_WARPS, max(1, groups_held * width // values)),
+            **overlap(x.device),
         )

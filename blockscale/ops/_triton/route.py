@@ -1,7 +1,11 @@
-"""The choice of experts from a router's logits, as `blockscale/reference/routing.py` defines it.
+"""The choice of experts, as `blockscale/reference/routing.py` defines it, and logits of few tokens.
 
-logits (T, E) float32, bias (E,) or none; experts int32 and weights float32 (T, topk + shared). A program
-holds a few tokens with all their experts in registers, and takes the best of what is left again and again.
+logits (P, T, E) float32, P parts to be added up, bias (E,) or none; experts int32 and weights float32
+(T, topk + shared). A program holds a few tokens with all their experts in registers, and takes the best of
+what is left again and again.
+
+For few tokens a program of `_logits_kernel` computes a part, over a share of the K inputs: one that took all
+of them would be alone with reading the weights. Products of 16-bit numbers are exact, sums float32.
 """
 
 from __future__ import annotations
@@ -10,10 +14,46 @@ import torch
 import triton
 import triton.language as tl
 
-from blockscale.ops._triton.device import current
+from blockscale.ops._triton.device import cdiv, current, next_power_of_2, overlap, wait_for_previous_kernel
+from blockscale.ops._triton.e4m3 import operand
 from blockscale.reference.routing import Routing
 
 _VALUES = 1024  # logits of a program: 8 a thread
+_PARTS = 16  # shares of K
+_STEP = 128  # of K
+_TOKENS = 16  # the least of a tensor core product
+
+
+@triton.jit
+def _logits_kernel(
+    x_ptr,
+    weight_ptr,
+    parts_ptr,
+    tokens,
+    experts,
+    width,
+    x_stride,
+    STEPS: tl.constexpr,
+    STEP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    wait_for_previous_kernel(OVERLAPS)
+    part, token = tl.program_id(0), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    expert = tl.arange(0, EXPERTS)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    logits = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    for step in tl.static_range(STEPS):
+        column = (part * STEPS + step) * STEP + tl.arange(0, STEP)
+        inside = (column < width)[None, :]
+        at = weight_ptr + expert[:, None] * width + column[None, :]
+        weight = operand(tl.load(at, mask=(expert < experts)[:, None] & inside, other=0.0), dtype)
+        at = x_ptr + token.to(tl.int64)[:, None] * x_stride + column[None, :]
+        x = operand(tl.load(at, mask=(token < tokens)[:, None] & inside, other=0.0), dtype)
+        logits = tl.dot(x, tl.trans(weight), logits)
+    at = parts_ptr + (part * tokens + token)[:, None] * experts + expert[None, :]
+    tl.store(at, logits, mask=(token < tokens)[:, None] & (expert < experts)[None, :])
 
 
 @triton.jit
@@ -53,6 +93,7 @@ def _route_kernel(
     tokens,
     experts,
     scale,
+    PARTS: tl.constexpr,
     TOPK: tl.constexpr,
     SHARED: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -64,12 +105,16 @@ def _route_kernel(
     TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr,
     SLOTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous_kernel(OVERLAPS)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     expert, slot = tl.arange(0, EXPERTS), tl.arange(0, SLOTS)
     mask = (token < tokens)[:, None] & (expert < experts)[None, :]
     at = token.to(tl.int64)[:, None] * experts + expert[None, :]
     logits = tl.load(logits_ptr + at, mask=mask, other=float("-inf"))
+    for part in tl.static_range(1, PARTS):
+        logits += tl.load(logits_ptr + part * tokens * experts + at, mask=mask, other=0.0)
     if SIGMOID:
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
@@ -115,12 +160,12 @@ def moe_route(
     experts: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """Fill experts and weights (T, topk + shared) from contiguous logits (T, E)."""
-    tokens, count = logits.shape
-    padded = triton.next_power_of_2(count)
-    together = max(1, _VALUES // padded)
+    """Fill experts and weights (T, topk + shared) from contiguous logits, in parts (P, T, E)."""
+    parts, tokens, count = logits.shape
+    padded = next_power_of_2(count)
+    together = max(1, _VALUES // padded) if parts == 1 else 1
     with current(logits.device):
-        _route_kernel[(triton.cdiv(tokens, together),)](
+        _route_kernel[(cdiv(tokens, together),)](
             logits,
             logits if bias is None else bias,
             experts,
@@ -128,6 +173,7 @@ def moe_route(
             tokens,
             count,
             routing.scale,
+            PARTS=parts,
             TOPK=routing.topk,
             SHARED=routing.shared,
             GROUPS=routing.groups,
@@ -138,6 +184,33 @@ def moe_route(
             HAS_BIAS=bias is not None,
             TOKENS=together,
             EXPERTS=padded,
-            SLOTS=triton.next_power_of_2(experts.shape[1]),
+            SLOTS=next_power_of_2(experts.shape[1]),
             num_warps=4,
+            **overlap(logits.device),
         )
+
+
+def logits_of(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Parts (P, T, E) of x (T, K) times weight (E, K), contiguous, for few tokens; both BF16 or both F16."""
+    (tokens, width), experts = x.shape, weight.shape[0]
+    steps = cdiv(width, _PARTS * _STEP)
+    parts = cdiv(width, steps * _STEP)
+    out = torch.empty((parts, tokens, experts), dtype=torch.float32, device=x.device)
+    padded = max(16, next_power_of_2(experts))
+    with current(x.device):
+        _logits_kernel[(parts, cdiv(tokens, _TOKENS))](
+            x,
+            weight,
+            out,
+            tokens,
+            experts,
+            width,
+            x.stride(0),
+            STEPS=steps,
+            STEP=_STEP,
+            TOKENS=_TOKENS,
+            EXPERTS=padded,
+            num_warps=4 if padded <= 64 else 8,
+            **overlap(x.device),
+        )
+    return out

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from blockscale.ops._triton.device import current
+from blockscale.ops._triton.device import cdiv, current, next_power_of_2, overlap, wait_for_previous_kernel
 from blockscale.ops._triton.e4m3 import (
     INTERPRETED,
     activation_scale,
@@ -84,7 +84,9 @@ def _silu_mul_quantize_kernel(
     QUANTIZES: tl.constexpr,
     POW2: tl.constexpr,
     NATIVE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous_kernel(OVERLAPS)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     CORRECTIONS: tl.constexpr = 2 if dtype == tl.float32 else 1
     row, group = tile_offsets(tiles_across, ROWS, GROUPS)
@@ -122,7 +124,7 @@ def silu_mul_quantize(
     only rows to fill, or None for all.
     """
     rows, columns = out.shape[0] if chosen is None else chosen.numel(), out.shape[1]
-    tiles = tiling(rows, triton.cdiv(columns, group_size), group_size)
+    tiles = tiling(rows, cdiv(columns, group_size), group_size)
     strides = (0, 0) if scale is None else scale.stride()
     with current(x.device):
         _silu_mul_quantize_kernel[(tiles.programs,)](
@@ -136,7 +138,7 @@ def silu_mul_quantize(
             *strides,
             tiles.across,
             GROUP_SIZE=group_size,
-            WIDTH=triton.next_power_of_2(group_size),
+            WIDTH=next_power_of_2(group_size),
             ROWS=tiles.rows,
             GROUPS=tiles.groups,
             CHOSEN=chosen is not None,
@@ -145,4 +147,5 @@ def silu_mul_quantize(
             NATIVE=converts_to_e4m3(x.device),
             num_warps=tiles.warps,
             enable_fp_fusion=False,
+            **overlap(x.device),
         )
