@@ -52,7 +52,7 @@ DECODE = (
 )
 NEW_TOKENS = 48
 WARM_TOKENS = 8  # of those, until graphs are there
-MOST_DIVERGENCE = 0.5  # nats; random weights make the widest errors there are
+MOST_DIVERGENCE = 0.1  # nats, of the worst prompt; 0.025 was measured
 FORMATS = {"bf16": None, "fp8": BlockFP8()}
 
 

@@ -129,6 +129,19 @@ class BlockFP8:
         return scale_shape(shape, self.block_size)
 
 
+def blocks_over(run: range, side: int) -> range:
+    """Numbers of the blocks of this side that cover a run of rows or columns."""
+    return range(run.start // side, math.ceil(run.stop / side))
+
+
+def cuts_through(run: range, side: int) -> bool:
+    """Whether a block of a run, counted from its own start, lies across two blocks of the whole.
+
+    Then codes and scales cut apart would be silently wrong.
+    """
+    return run.start % side != 0 and len(blocks_over(run, side)) > 1
+
+
 def scale_shape(shape: tuple[int, ...], block_size: tuple[int, int]) -> tuple[int, ...]:
     """Shape of the scale grid of a (N, K) or (E, N, K) weight; ragged edges count as a block.
 

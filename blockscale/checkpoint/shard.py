@@ -9,7 +9,6 @@ request, the weight is dequantized in float32, cut, and every rank's part quanti
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +28,8 @@ from blockscale.errors import BlockscaleError, CorruptCheckpointError, MissingSc
 from blockscale.formats import (
     HIGH_PRECISION,
     BlockFP8,
+    blocks_over,
+    cuts_through,
     parse_quantization_config,
     scale_name,
     scale_shape,
@@ -212,23 +213,19 @@ def _copy(entry: TensorEntry, name: str, part: Window | None) -> Task:
 
 
 def _cuts_through(part: Window | None, block: tuple[int, int]) -> bool:
-    """Whether a block of the part, counted from its own corner, lies across two blocks of the whole."""
+    """Whether the scales of a part cannot be cut out of those of the whole."""
     if part is None:
         return False
     sides = [(part.rows, block[0]), *([(part.columns, block[1])] if part.columns is not None else [])]
-    return any(run.start % side != 0 and len(_blocks(run, side)) > 1 for run, side in sides)
+    return any(cuts_through(run, side) for run, side in sides)
 
 
 def _on_grid(part: Window | None, block: tuple[int, int]) -> Window | None:
     """The part of the scale that covers a part of the weight."""
     if part is None:
         return None
-    columns = None if part.columns is None else _blocks(part.columns, block[1])
-    return Window(_blocks(part.rows, block[0]), columns)
-
-
-def _blocks(run: range, side: int) -> range:
-    return range(run.start // side, math.ceil(run.stop / side))
+    columns = None if part.columns is None else blocks_over(part.columns, block[1])
+    return Window(blocks_over(part.rows, block[0]), columns)
 
 
 def _ragged_error(ragged: list[str], model: _Model) -> BlockscaleError:

@@ -88,10 +88,10 @@ def _own_device(device: str) -> torch.device:
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = environment.get(name, default)
+    text = environment.get(name, "" if default is None else str(default))
     try:
-        return int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
+        return int(text)
+    except ValueError as error:
         raise BlockscaleError(
             "is not a number",
             where=f"environment variable {name}",

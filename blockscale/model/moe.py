@@ -16,8 +16,6 @@ from blockscale.model.weights import Weights
 from blockscale.reference.routing import Routing
 
 _FEW_TOKENS = 128  # up to which every expert gets room for all, and rows that count are not padded
-
-
 # Tokens of an expert that products are made for: some get more than the average, up to what measured fastest.
 _MOST_TYPICAL = 32
 
@@ -99,8 +97,8 @@ class MoE:
     def waits(self) -> bool:
         """Whether the host waits for the device in a call: where experts are multiplied one by one.
 
-        Those are experts that are dequantized on the way, and on GPUs such in another dtype than BF16, the
-        only one that PyTorch has a grouped product of there.
+        Those are experts that are dequantized on the way, and on GPUs such in another dtype than BF16, of
+        which `torch.nn.functional.grouped_mm` takes no other there.
         """
         weight = self._gate_up.weight
         stored = self._gate_up.scale is not None or self._down.scale is not None
@@ -156,9 +154,12 @@ class MoE:
     def _high(self, x: torch.Tensor, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with activations as they are."""
         moved = ops.moe_permute(x, experts, self._experts, alignment=1)
+        numbers = torch.arange(self._experts, device=x.device)
+        slots = experts.view(-1, 1)
+        ends = ((slots <= numbers) & (slots >= 0)).sum(0, dtype=torch.int32)
         multiply = _by_expert if self.waits else _grouped
-        hidden = multiply(moved.rows, self._gate_up, experts)
-        return multiply(ops.silu_mul(hidden), self._down, experts), moved.positions
+        hidden = multiply(moved.rows, self._gate_up, ends)
+        return multiply(ops.silu_mul(hidden), self._down, ends), moved.positions
 
 
 def _masked(
@@ -192,21 +193,18 @@ def _contiguous(
     return ops.m_grouped_fp8_gemm_nt_contiguous(codes, scale, layer.weight, layer.scale, m_indices, out=out)
 
 
-def _grouped(rows: torch.Tensor, layer: Linear, experts: torch.Tensor) -> torch.Tensor:
-    """Product of rows (M, K), sorted by expert, with weights as they are stored: (M, N)."""
-    numbers = torch.arange(len(layer.weight), device=rows.device)
-    ends = ((experts.view(-1, 1) <= numbers) & (experts.view(-1, 1) >= 0)).sum(0, dtype=torch.int32)
+def _grouped(rows: torch.Tensor, layer: Linear, ends: torch.Tensor) -> torch.Tensor:
+    """Product (M, N) of rows (M, K), those of an expert up to its end, with weights as they are stored."""
     return F.grouped_mm(rows, layer.weight.transpose(1, 2), offs=ends)
 
 
-def _by_expert(rows: torch.Tensor, layer: Linear, experts: torch.Tensor) -> torch.Tensor:
-    """The same with weights dequantized one by one; the host waits for how many rows an expert has."""
+def _by_expert(rows: torch.Tensor, layer: Linear, ends: torch.Tensor) -> torch.Tensor:
+    """The same, one expert after the other, dequantized if need be; the host waits for their ends."""
     out, first = rows.new_zeros(rows.shape[0], layer.weight.shape[1]), 0
-    known = experts[(experts >= 0) & (experts < len(layer.weight))]
-    for expert, count in enumerate(torch.bincount(known, minlength=len(layer.weight)).tolist()):
-        if count:
+    for expert, end in enumerate(ends.tolist()):
+        if end > first:
             scale = None if layer.scale is None else layer.scale[expert]
             one = replace(layer, weight=layer.weight[expert], scale=scale, compute="high")
-            out[first : first + count] = one(rows[first : first + count])
-        first += count
+            out[first:end] = one(rows[first:end])
+        first = end
     return out

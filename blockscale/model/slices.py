@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from blockscale.errors import BlockscaleError
+from blockscale.formats import blocks_over, cuts_through
 from blockscale.model.ranks import Ranks
 
 
@@ -63,7 +64,7 @@ class Part:
 
     def blocks(self, side: int) -> range:
         """Blocks of this side that cover this part."""
-        return range(self.start // side, math.ceil(self.stop / side))
+        return blocks_over(self.indices, side)
 
     def cover(self, side: int) -> range:
         """The indices of those blocks."""
@@ -73,7 +74,7 @@ class Part:
     def cuts_through(self, side: int) -> bool:
         """Whether some rank's part cannot have the scales of blocks of this side."""
         every = [replace(self, rank=rank) for rank in range(len(self.ends))]
-        return any(part.start % side != 0 and len(part.blocks(side)) > 1 for part in every)
+        return any(cuts_through(part.indices, side) for part in every)
 
 
 def share(size: int, ranks: Ranks, block: int = 1) -> Part:

@@ -76,7 +76,9 @@ def split_up(
     Nor where FP8 blocks reach over the edge between two of them, which filling up with zeros shows.
     """
     (gate_up, down), (one, one_down) = wide, like
-    if isinstance(gate_up, Parallel) or isinstance(one, Parallel) or gate_up.bias is not None:
+    if isinstance(gate_up, Parallel) or isinstance(one, Parallel):
+        return []
+    if gate_up.bias is not None or down.bias is not None:
         return []
     size = one.weight.shape[0] // 2
     rows, columns = one.fmt.block_size if one.scale is not None else (1, 1)

@@ -48,21 +48,12 @@ def rms_norm_quantize(
     Raises:
         BlockscaleError: wrong dtype, shape or device, unknown scale format or backend.
     """
-    fused.check_norm(_OP, x, weight, residual)
     fmt = BlockFP8((1, group_size), scale_fmt)
-    kernels = dispatch.triton_kernels(_OP, _OP, x.device, backend)
-    if kernels is None or not kernels.fits(x.shape[-1], group_size):
-        hidden = x if residual is None else fused.add_residual(x, residual)
-        y = fused.rms_norm(hidden, weight, eps)
-        quantized = quantize_activation(y, group_size, fmt.scale_fmt, scale_layout, backend=backend)
-        return quantized if residual is None else (*quantized, hidden)
-    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = empty_scale((*x.shape[:-1], math.ceil(x.shape[-1] / group_size)), scale_layout, x.device)
-    added = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel():
-        outputs = kernels.Outputs(codes, rows_of_scale(scale), None, added)
-        kernels.rms_norm_quantize(x, residual, weight, eps, outputs, fmt)
-    return (codes, scale) if added is None else (codes, scale, added)
+    normed = _run(_OP, (x, residual), weight, eps, fmt, scale_layout, plain=False, backend=backend)
+    assert normed.codes is not None
+    assert normed.scale is not None
+    quantized = normed.codes, normed.scale
+    return quantized if residual is None else (*quantized, normed.hidden)
 
 
 class Normed(NamedTuple):
@@ -104,24 +95,41 @@ def rms_norm(
     Raises:
         BlockscaleError: wrong dtype, shape or device, unknown scale format or backend.
     """
-    fused.check_norm("rms_norm", x, weight, residual)
-    fmt = BlockFP8((1, _GROUP), scale_fmt or "float32")
-    kernels = dispatch.triton_kernels("rms_norm", _OP, x.device, backend)
-    if kernels is None or not kernels.fits(x.shape[-1], _GROUP):
+    fmt = None if scale_fmt is None else BlockFP8((1, _GROUP), scale_fmt)
+    return _run("rms_norm", (x, residual), weight, eps, fmt, "column", plain=plain, backend=backend)
+
+
+def _run(
+    op: str,
+    inputs: tuple[torch.Tensor, torch.Tensor | None],
+    weight: torch.Tensor,
+    eps: float,
+    fmt: BlockFP8 | None,
+    layout: ScaleLayout,
+    *,
+    plain: bool,
+    backend: dispatch.Backend,
+) -> Normed:
+    """Of x and residual: y if `plain`, codes and scales if there is a format of (1, G) blocks."""
+    x, residual = inputs
+    fused.check_norm(op, x, weight, residual)
+    group_size = _GROUP if fmt is None else fmt.block_size[1]
+    kernels = dispatch.triton_kernels(op, _OP, x.device, backend)
+    if kernels is None or not kernels.fits(x.shape[-1], group_size):
         hidden = x if residual is None else fused.add_residual(x, residual)
         normed = fused.rms_norm(hidden, weight, eps)
-        if scale_fmt is None:
+        if fmt is None:
             return Normed(normed, hidden)
-        return Normed(
-            normed, hidden, *quantize_activation(normed, _GROUP, scale_fmt, "column", backend=backend)
-        )
+        quantized = quantize_activation(normed, group_size, fmt.scale_fmt, layout, backend=backend)
+        return Normed(normed, hidden, *quantized)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if plain else None
     added = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     codes, scale = None, None
-    if scale_fmt is not None:
+    if fmt is not None:
         codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-        scale = empty_scale((*x.shape[:-1], math.ceil(x.shape[-1] / _GROUP)), "column", x.device)
+        scale = empty_scale((*x.shape[:-1], math.ceil(x.shape[-1] / group_size)), layout, x.device)
     if x.numel():
         flat = None if scale is None else rows_of_scale(scale)
-        kernels.rms_norm_quantize(x, residual, weight, eps, kernels.Outputs(codes, flat, y, added), fmt)
+        outputs = kernels.Outputs(codes, flat, y, added)
+        kernels.rms_norm_quantize(x, residual, weight, eps, outputs, group_size, fmt)
     return Normed(y, x if added is None else added, codes, scale)

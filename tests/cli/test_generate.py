@@ -47,6 +47,22 @@ def test_drafts_change_no_text_and_are_counted(tmp_path, blockscale):
     assert re.search(r"24 written, [0-9.]+ tokens/s, \d+% of \d+ drafts accepted", err)
 
 
+def test_the_cache_may_be_in_fp8(blockscale, monkeypatch, tmp_path):
+    from blockscale.model.attention import KVCache
+
+    made = []
+    make = KVCache.__init__
+    monkeypatch.setattr(
+        KVCache, "__init__", lambda self, *args, fp8: (made.append(fp8), make(self, *args, fp8=fp8))[1]
+    )
+    (tmp_path / "prompts").write_text("Who are you?\n")
+    options = ("--input-file", tmp_path / "prompts", "--max-new-tokens", 4, "--temperature", 0)
+    for choice in ((), ("--kv-cache", "fp8")):
+        code, _, err = blockscale("generate", "--ckpt-path", data.TINY_DEEPSEEK, *options, *choice)
+        assert (code, "4 written" in err) == (0, True)
+    assert made == [False, True]
+
+
 def test_a_chat_goes_on_until_exit(blockscale, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who are you?\n/clear\nWho are you?\n\n/exit\nnot read\n"))
     chat = ("--interactive", "--max-new-tokens", 6, "--temperature", 0)

@@ -124,21 +124,28 @@ def test_drafting_in_graphs_is_drafting_without(fmt, count):
 
 
 def test_sequences_of_a_batch_do_not_see_each_other(model):
-    """A sequence alone and among others, one of which ends early; a graph for each number that is left."""
-    some = prompts(40, 300, 5)
+    """A step of a sequence alone and among others, after prompts that were read together."""
+    some, tokens = prompts(40, 300, 5), torch.tensor([1, 2, 3], device="cuda")
+    together = model.cache(3, 512)
+    prefill(model, together, some)
+    steps = decode(model, together, range(3), tokens, [41, 301, 6])
+    for row, prompt in enumerate(some):
+        cache = model.cache(1, 512)
+        prefill(model, cache, [prompt])
+        alone = decode(model, cache, [0], tokens[row : row + 1], [len(prompt) + 1])
+        assert kl_divergence(alone, steps[row : row + 1]).mean() < CLOSE
+
+
+def test_a_sequence_may_end_before_the_others(model):
+    """There is a graph for each number of sequences that is left."""
     seen = []
-    together = generate(
-        model,
-        some,
-        max_new_tokens=6,
-        stop=(),
-        on_token=lambda number, token: seen.append((number, token)) or (number == 1 and len(seen) > 5),
-    )
-    assert len(together[1]) < 6
-    for number, prompt in enumerate(some):
-        (alone,) = generate(model, [prompt], max_new_tokens=6, stop=())
-        # Near-ties may fall either way; the first tokens decide little.
-        assert alone[:1] == together[number][:1]
+
+    def listen(number, token):
+        seen.append(number)
+        return number == 1 and seen.count(1) == 2
+
+    written = generate(model, prompts(40, 300, 5), max_new_tokens=6, stop=(), on_token=listen)
+    assert [len(each) for each in written] == [6, 2, 6]
 
 
 def test_a_cache_in_fp8_changes_little(model):

@@ -3,7 +3,7 @@
 import pytest
 
 from blockscale.ops._cuda import configs
-from blockscale.ops._cuda.configs import FewTile, Tile, choose
+from blockscale.ops._cuda.configs import FewTile, Tile, choose, takes
 
 H100 = 132
 SHARED_BYTES = 233472  # of a multiprocessor, 1024 of which each block loses to the system
@@ -52,3 +52,13 @@ def test_more_rows_get_narrow_tiles_that_fill_the_machine(m, n, width):
 def test_a_tile_of_the_contiguous_form_has_the_rows_of_one_expert():
     for experts, rows in ((8, 1024), (32, 256), (256, 128)):
         assert choose("contiguous", (experts * rows, 4096, 7168), experts, H100).block_m == 128
+
+
+@pytest.mark.parametrize(
+    ("experts", "few"), [(configs.MOST_EXPERTS, True), (configs.MOST_EXPERTS + 1, False)]
+)
+def test_tiles_of_few_rows_take_as_many_experts_as_they_keep_counts_of(experts, few):
+    assert isinstance(choose("masked", (8, 2816, 2048), experts, H100), FewTile if few else Tile)
+    assert takes(FewTile(8), "masked", experts) == few
+    assert takes(FewTile(8), "dense", 1)
+    assert takes(Tile(128), "masked", experts)

@@ -204,6 +204,11 @@ class FewTile:
 AnyTile = Tile | FewTile
 
 
+def takes(tile: AnyTile, kind: Kind, experts: int) -> bool:
+    """Whether a tile can be used for so many experts: tuning tables do not know their number."""
+    return kind != "masked" or isinstance(tile, Tile) or experts <= MOST_EXPERTS
+
+
 def _constants(values: Mapping[str, int | bool]) -> str:
     lines = ["#pragma once"]
     for name, value in values.items():

@@ -24,7 +24,7 @@ from cuda.bindings import driver
 
 from blockscale.errors import BlockscaleError
 from blockscale.ops._cuda.compile import check, load_kernel, machine_code, source_text
-from blockscale.ops._cuda.configs import BLOCK_K, MOST_EXPERTS, AnyTile, FewTile, Kind, Tile, choose
+from blockscale.ops._cuda.configs import BLOCK_K, AnyTile, FewTile, Kind, Tile, choose, takes
 
 _BIAS_KINDS = {None: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -209,11 +209,8 @@ def _prepare(
     scales_fit = _is_column_major(a_scale, m, a_scale_stride)
     if not codes_fit or not scales_fit or not _is_packed((experts, scale_rows, steps), b_scale_stride):
         return None
-    tile = tile or choose(kind, (rows, n, k), experts, _processors(device))
-    if isinstance(tile, FewTile) and kind == "masked" and experts > MOST_EXPERTS:
-        raise BlockscaleError(
-            "too many experts for a tile of few rows", expected=f"up to {MOST_EXPERTS}", got=experts
-        )
+    if tile is None or not takes(tile, kind, experts):
+        tile = choose(kind, (rows, n, k), experts, _processors(device))
     a_experts = experts if kind == "masked" else 1
     a_box, b_box, scale_box = tile.boxes
     scale_stride = (*a_scale_stride[:-2], a_scale_stride[-1], 1)

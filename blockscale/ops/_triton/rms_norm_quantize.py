@@ -115,10 +115,11 @@ def rms_norm_quantize(
     weight: torch.Tensor,
     eps: float,
     outputs: Outputs,
-    fmt: BlockFP8,
+    group_size: int,
+    fmt: BlockFP8 | None,
 ) -> None:
-    """Fill outputs from x and residual (..., K); fmt: (1, G) blocks."""
-    x, group_size = as_rows(x), fmt.block_size[1]
+    """Fill outputs from x and residual (..., K) in groups of G; fmt: of the codes, if there are to be any."""
+    x = as_rows(x)
     residual = None if residual is None else as_rows(residual)
     codes, scale, y, hidden = outputs
     rows, columns = x.shape
@@ -147,7 +148,7 @@ def rms_norm_quantize(
             HAS_RESIDUAL=residual is not None,
             HAS_Y=y is not None,
             QUANTIZES=codes is not None,
-            POW2=fmt.scale_fmt == "ue8m0",
+            POW2=fmt is not None and fmt.scale_fmt == "ue8m0",
             NATIVE=converts_to_e4m3(x.device),
             num_warps=min(_MOST_WARPS, max(1, groups_held * width // values)),
             **overlap(x.device),
