@@ -13,16 +13,14 @@ queries; absorbed reads the cache alone, which is what decoding wants.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 
 from blockscale import ops
 from blockscale.formats import ScaleFmt
 from blockscale.model.architecture import ModelConfig
 from blockscale.model.weights import Size, Weights
-from blockscale.reference.attention import CacheSlots, RotaryTable, stored_latents
+from blockscale.reference.attention import CacheSlots, RotaryTable, Spans, stored_latents
 
 _LATENT_EPS = 1e-6  # of the norms of latents, whatever the config says of the others
 
@@ -35,15 +33,15 @@ class Batch:
         tokens: int64 (T,), token ids.
         positions: int64 (T,), place of each in its sequence.
         rows: int64 (T,), row of the cache of each one's sequence.
-        spans: of each sequence, (row of the cache, tokens cached before, new tokens); None where sequences
-            have one new token each, or a few, and attention is to run absorbed.
+        spans: which of them are of which sequence; None where sequences have one new token each, or a few,
+            and attention is to run absorbed.
         longest: cached tokens that absorbed attention looks at, at least those of the longest sequence.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     rows: torch.Tensor
-    spans: tuple[tuple[int, int, int], ...] | None
+    spans: Spans | None
     longest: int
 
 
@@ -142,55 +140,41 @@ class MLA:
             query = self._q_b.on(normed)
         query = query.view(-1, self._heads, config.qk_head_dim)
         slots = cache.slots(self._layer, batch.rows, batch.positions)
-        ops.mla_prologue(query, compressed, self._kv_norm, _LATENT_EPS, self._table, slots)
-        if batch.spans is None:
-            out = self._absorbed(query, slots, batch.longest)
+        spans = batch.spans
+        # What the cache holds of new tokens is all there is to expand, as long as nothing was before them.
+        at_once = spans is not None and spans.begin and slots.scales is None
+        quantized = ops.mla_prologue(
+            query,
+            compressed,
+            self._kv_norm,
+            _LATENT_EPS,
+            self._table,
+            slots,
+            self._kv_b.quantizes if at_once else None,
+        )
+        if spans is None:
+            return self._o(self._absorbed(query, slots, batch.longest).flatten(1))
+        if quantized is None:
+            expanded = self._kv_b(self._cached(spans, slots, query.dtype))
         else:
-            out = self._naive(query, batch.spans, slots)
-        return self._o(out.flatten(1))
+            expanded = self._kv_b.multiply(*quantized, query.dtype)
+        return self._naive(query, expanded.unflatten(1, (self._heads, -1)), slots, spans)
+
+    @staticmethod
+    def _cached(spans: Spans, slots: CacheSlots, dtype: torch.dtype) -> torch.Tensor:
+        """Latents (S, kv_lora_rank) of all tokens of the sequences."""
+        seen = [stored_latents(slots, (row, slice(before + new)), dtype) for row, before, new in spans.each]
+        return seen[0] if len(seen) == 1 else torch.cat(seen)
 
     def _naive(
-        self, query: torch.Tensor, spans: tuple[tuple[int, int, int], ...], slots: CacheSlots
+        self, query: torch.Tensor, expanded: torch.Tensor, slots: CacheSlots, spans: Spans
     ) -> torch.Tensor:
-        """Query (T, H, qk_head_dim) -> (T, H, v_head_dim); all that is cached is expanded at once."""
-        config = self._config
-        seen = [(row, slice(before + new)) for row, before, new in spans]
-        latent = torch.cat([stored_latents(slots, at, query.dtype) for at in seen])
-        rope = torch.cat([slots.keys[at] for at in seen]).to(query.dtype)
-        expanded = self._kv_b(latent).view(-1, self._heads, config.qk_nope_head_dim + config.v_head_dim)
-        nope, value = expanded.split([config.qk_nope_head_dim, config.v_head_dim], -1)
-        key = torch.cat([nope, rope[:, None].expand(-1, self._heads, -1)], -1)
-        out, first, first_key = [], 0, 0
-        for (before, new), same in groupby(spans, lambda span: span[1:]):
-            count, length = len(list(same)), before + new
-            queries = query[first : first + count * new].unflatten(0, (count, new))
-            keys, values = (
-                each[first_key : first_key + count * length].unflatten(0, (count, length))
-                for each in (key, value)
-            )
-            out.append(self._attend(queries, keys, values, before).flatten(0, 1))
-            first, first_key = first + count * new, first_key + count * length
-        return out[0] if len(out) == 1 else torch.cat(out)
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, before: int
-    ) -> torch.Tensor:
-        """Queries (B, new, H, d) that follow `before` tokens to keys and values (B, before + new, H, d)."""
-        # A token sees those up to its own: the mask is that of the last rows of a square.
-        mask = None
-        if before:
-            shape = query.shape[1], key.shape[1]
-            mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(before)
-        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            mask,
-            is_causal=mask is None,
-            scale=self._config.softmax_scale,
-        )
-        return attended.transpose(1, 2)
+        """Query (T, H, qk_head_dim) and what is expanded (S, H, ...) -> (T, hidden)."""
+        scale, scale_fmt = self._config.softmax_scale, self._o.quantizes
+        if scale_fmt is None:
+            return self._o(ops.mla_prefill(query, expanded, slots, spans, scale).flatten(1))
+        codes = ops.mla_prefill_quantize(query, expanded, slots, spans, scale, scale_fmt)
+        return self._o.multiply(*codes, query.dtype)
 
     def _absorbed(self, query: torch.Tensor, slots: CacheSlots, longest: int) -> torch.Tensor:
         """Single queries (B, H, qk_head_dim) -> (B, H, v_head_dim)."""

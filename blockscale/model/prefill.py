@@ -8,9 +8,10 @@ import torch
 
 from blockscale.model.attention import Batch, KVCache
 from blockscale.model.transformer import Transformer
+from blockscale.reference.attention import Spans
 
 _PREFILL_TOKENS = 8192  # of one call: bounds the memory of activations
-Spans = list[tuple[int, int, int]]  # row of the cache, tokens before, new tokens; as in Batch
+Piece = list[tuple[int, int, int]]  # row of the cache, tokens before, new tokens; as in Spans
 
 
 def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -22,9 +23,9 @@ def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]
     return model.logits(torch.stack(last))
 
 
-def pieces(prompts: Sequence[Sequence[int]]) -> Iterator[Spans]:
+def pieces(prompts: Sequence[Sequence[int]]) -> Iterator[Piece]:
     """All tokens of prompts in order, cut into pieces for one call each."""
-    spans: Spans = []
+    spans: Piece = []
     room = _PREFILL_TOKENS
     for row, prompt in enumerate(prompts):
         before = 0
@@ -39,16 +40,16 @@ def pieces(prompts: Sequence[Sequence[int]]) -> Iterator[Spans]:
         yield spans
 
 
-def piece(prompts: Sequence[Sequence[int]], spans: Spans, device: torch.device) -> Batch:
+def piece(prompts: Sequence[Sequence[int]], spans: Piece, device: torch.device) -> Batch:
     """The tokens of a piece."""
     tokens = [token for row, before, new in spans for token in prompts[row][before : before + new]]
     positions = [before + i for _, before, new in spans for i in range(new)]
     rows = [row for row, _, new in spans for _ in range(new)]
     ids, places, into = torch.tensor([tokens, positions, rows], device=device)
-    return Batch(ids, places, into, tuple(spans), max(positions) + 1)
+    return Batch(ids, places, into, Spans(tuple(spans), device), max(positions) + 1)
 
 
-def ends(prompts: Sequence[Sequence[int]], spans: Spans) -> dict[int, int]:
+def ends(prompts: Sequence[Sequence[int]], spans: Piece) -> dict[int, int]:
     """Row of every prompt that ends in a piece, in order -> place of its last token in the piece."""
     found, place = {}, 0
     for row, before, new in spans:

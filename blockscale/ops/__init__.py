@@ -8,7 +8,7 @@ from blockscale.ops.gemm import (
     m_grouped_fp8_gemm_nt_masked,
 )
 from blockscale.ops.gemm_dispatch import GemmBackend
-from blockscale.ops.mla import mla_decode, mla_prologue
+from blockscale.ops.mla import mla_decode, mla_prefill, mla_prefill_quantize, mla_prologue
 from blockscale.ops.moe_permute import moe_permute, moe_permute_masked, moe_unpermute
 from blockscale.ops.moe_route import moe_choose, moe_route
 from blockscale.ops.nonfinite import find_nonfinite, flag_nonfinite
@@ -27,6 +27,8 @@ __all__ = [
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
     "mla_decode",
+    "mla_prefill",
+    "mla_prefill_quantize",
     "mla_prologue",
     "moe_choose",
     "moe_permute",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
+from blockscale.formats import BlockFP8, ScaleFmt
 from blockscale.ops import dispatch
+from blockscale.ops.quantize_activation import quantize_activation
 from blockscale.reference import attention
-from blockscale.reference.attention import CacheSlots, RotaryTable
+from blockscale.reference.attention import CacheSlots, RotaryTable, Spans
+from blockscale.reference.fp8 import empty_scale
 
 _HALF = (torch.bfloat16, torch.float16)
+_GROUP = 128  # values of a scale, of activations
 
 
 def mla_prologue(
@@ -18,9 +24,10 @@ def mla_prologue(
     eps: float,
     table: RotaryTable,
     slots: CacheSlots,
+    scale_fmt: ScaleFmt | None = None,
     *,
     backend: dispatch.Backend = "auto",
-) -> None:
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Turn the rotary part of queries in place and put latents and rotary keys into the cache; one pass.
 
     Args:
@@ -30,18 +37,116 @@ def mla_prologue(
         eps: of this norm.
         table: of the rotary embedding.
         slots: where the tokens are put.
+        scale_fmt: quantize the latents too, in groups of 128 with such scales, for a product; None not to.
         backend: "auto" takes the fastest that works for the tensors' device.
 
+    Returns:
+        With a scale format: of the normalized latents, as `quantize_activation(latent, 128, scale_fmt,
+        "column")`, codes (T, C) and scales (T, ceil(C/128)), column-major.
+
     Raises:
-        BlockscaleError: dtypes or widths that do not fit together, unknown backend.
+        BlockscaleError: dtypes or widths that do not fit together, unknown scale format or backend.
     """
     op = "mla_prologue"
     attention.check_prologue(op, query, compressed, norm, slots)
+    fmt = None if scale_fmt is None else BlockFP8((1, _GROUP), scale_fmt)
     kernels = dispatch.triton_kernels(op, op, query.device, backend)
     if kernels is None:
-        attention.mla_prologue(query, compressed, norm, eps, table, slots)
-    elif query.numel():
-        kernels.mla_prologue(query, compressed, norm, eps, table, slots)
+        latent = attention.mla_prologue(query, compressed, norm, eps, table, slots)
+        if fmt is None:
+            return None
+        return quantize_activation(latent, _GROUP, fmt.scale_fmt, "column", backend=backend)
+    quantized = None
+    if fmt is not None:
+        tokens, width = query.shape[0], norm.shape[0]
+        codes = torch.empty((tokens, width), dtype=torch.float8_e4m3fn, device=query.device)
+        quantized = codes, empty_scale((tokens, -(-width // _GROUP)), "column", query.device)
+    if query.numel():
+        kernels.mla_prologue(query, compressed, norm, eps, table, slots, quantized, scale_fmt)
+    return quantized
+
+
+def mla_prefill(
+    query: torch.Tensor,
+    expanded: torch.Tensor,
+    slots: CacheSlots,
+    spans: Spans,
+    scale: float,
+    *,
+    backend: dispatch.Backend = "auto",
+) -> torch.Tensor:
+    """Attention of new tokens to their sequences, with float32 sums; all sequences in one launch.
+
+    Args:
+        query: (T, H, N + R), the last R turned; any strides with unit stride along the last dimension.
+        expanded: (S, H, N + V), keys without their rotary part, then values, of all tokens of the sequences,
+            cached ones and new ones; strides as those of query.
+        slots: of the new tokens; rotary keys of all of them are in its cache.
+        spans: of the new tokens.
+        scale: factor of the scores.
+        backend: "auto" takes the fastest that works for the tensors' device.
+
+    Returns:
+        (T, H, V), of the dtype of query.
+
+    Raises:
+        BlockscaleError: dtypes, shapes or widths that do not fit together, unknown backend.
+    """
+    op = "mla_prefill"
+    attention.check_prefill(op, query, expanded, slots, spans)
+    kernels = _for_tensor_cores(op, query, backend)
+    if kernels is None:
+        return attention.mla_prefill(query, expanded, slots, spans, scale)
+    value = expanded.shape[-1] - query.shape[-1] + slots.keys.shape[-1]
+    out = torch.empty((*query.shape[:2], value), dtype=query.dtype, device=query.device)
+    if out.numel():
+        kernels.mla_prefill(query, expanded, slots.keys, spans, scale, out)
+    return out
+
+
+def mla_prefill_quantize(
+    query: torch.Tensor,
+    expanded: torch.Tensor,
+    slots: CacheSlots,
+    spans: Spans,
+    scale: float,
+    scale_fmt: ScaleFmt = "float32",
+    *,
+    backend: dispatch.Backend = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """quantize_activation(mla_prefill(...).flatten(1), 128, scale_fmt, "column"), in one pass on the GPU.
+
+    Args:
+        query, expanded, slots, spans, scale, backend: as of `mla_prefill`.
+        scale_fmt: of the scales.
+
+    Returns:
+        codes: float8_e4m3fn (T, H V).
+        scales: float32 (T, ceil(H V / 128)), column-major.
+
+    Raises:
+        BlockscaleError: dtypes, shapes or widths that do not fit together, unknown scale format or backend.
+    """
+    op = "mla_prefill_quantize"
+    fmt = BlockFP8((1, _GROUP), scale_fmt)
+    attention.check_prefill(op, query, expanded, slots, spans)
+    value = expanded.shape[-1] - query.shape[-1] + slots.keys.shape[-1]
+    kernels = _for_tensor_cores("mla_prefill", query, backend)
+    if kernels is None or not kernels.quantizes(value):
+        out = mla_prefill(query, expanded, slots, spans, scale, backend=backend)
+        return quantize_activation(out.flatten(1), _GROUP, fmt.scale_fmt, "column", backend=backend)
+    tokens, heads, _ = query.shape
+    codes = torch.empty((tokens, heads, value), dtype=torch.float8_e4m3fn, device=query.device)
+    scales = empty_scale((tokens, heads), "column", query.device)
+    if codes.numel():
+        kernels.mla_prefill(query, expanded, slots.keys, spans, scale, codes, scales, fmt.scale_fmt)
+    return codes.flatten(1), scales
+
+
+def _for_tensor_cores(op: str, query: torch.Tensor, backend: dispatch.Backend) -> ModuleType | None:
+    """The kernels, or None for the reference; products of float32 would be TF32."""
+    kernels = dispatch.triton_kernels(op, op, query.device, backend)
+    return kernels if query.dtype in _HALF else None
 
 
 def mla_decode(
@@ -73,9 +178,8 @@ def mla_decode(
     """
     op = "mla_decode"
     attention.check_decode(op, latent, rope, slots)
-    kernels = dispatch.triton_kernels(op, op, latent.device, backend)
-    # Products of float32 would be TF32 on tensor cores.
-    if kernels is None or latent.dtype not in _HALF:
+    kernels = _for_tensor_cores(op, latent, backend)
+    if kernels is None:
         return attention.mla_decode(latent, rope, slots, scale, longest)
     out = torch.empty(latent.shape, dtype=latent.dtype, device=latent.device)
     if out.numel():

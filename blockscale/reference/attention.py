@@ -2,8 +2,13 @@
 
 A token is cached as one latent c (C values, normalized) and one rotary key r (R values) that all heads share;
 the latent may be kept in E4M3 with one scale, max|c| / 448.
-What follows the projections is `mla_prologue`, which fills the cache and turns queries, and `mla_decode`,
-which attends to the cache directly:
+What follows the projections is `mla_prologue`, which fills the cache and turns queries, and one of two forms
+of attention. `mla_prefill` is for many queries, and takes keys and values that the caller has expanded of all
+cached tokens, [k_nope_h ; v_h] = W_kv_b,h c:
+
+    scores_h = (q_nope_h . k_nope_h + q_rope_h . r) * scale        out_h = softmax(scores_h) v_h
+
+`mla_decode` attends to the cache directly:
 
     scores_h = (q_latent_h . c + q_rope_h . r) * scale        out_h = softmax(scores_h) c
 
@@ -12,15 +17,20 @@ with q_latent_h = W_uk,h^T q_nope,h; the caller multiplies out_h by W_uv,h.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from blockscale.errors import BlockscaleError
 from blockscale.reference import checks
 from blockscale.reference.fp8 import quantize_activation
 from blockscale.reference.fused import rms_norm
+
+QUERY_BLOCK = 128  # of one sequence, that a program of `mla_prefill` takes
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,39 @@ class CacheSlots:
     positions: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Spans:
+    """New tokens of several sequences, those of a sequence together and in order, behind cached ones.
+
+    Attributes:
+        each: of each sequence, (row of the cache, tokens cached before, new tokens).
+        device: where `blocks` is wanted.
+    """
+
+    each: Sequence[tuple[int, int, int]]
+    device: torch.device
+
+    @cached_property
+    def begin(self) -> bool:
+        """Whether nothing of the sequences is cached before."""
+        return not any(before for _, before, _ in self.each)
+
+    @cached_property
+    def blocks(self) -> torch.Tensor:
+        """int32 (B, 5): the new tokens in blocks of up to QUERY_BLOCK, those that see the most tokens first.
+
+        Of each its first query, how many it has, the first expanded token of its sequence, how many tokens
+        are before its first query, and the row of the cache.
+        """
+        found, query, key = [], 0, 0
+        for row, before, new in self.each:
+            for first in range(0, new, QUERY_BLOCK):
+                found.append((query + first, min(QUERY_BLOCK, new - first), key, before + first, row))
+            query, key = query + new, key + before + new
+        found.sort(key=lambda block: -block[3])
+        return torch.tensor(found, dtype=torch.int32).to(self.device, non_blocking=True)
+
+
 def rotate(x: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     """Turn x (T, H, R) by its positions (T,), in float32 and rounded once.
 
@@ -75,7 +118,7 @@ def mla_prologue(
     eps: float,
     table: RotaryTable,
     slots: CacheSlots,
-) -> None:
+) -> torch.Tensor:
     """Turn the rotary part of queries in place and put latents and rotary keys into the cache.
 
     Args:
@@ -85,6 +128,9 @@ def mla_prologue(
         eps: of this norm.
         table: of the rotary embedding.
         slots: where the tokens are put.
+
+    Returns:
+        (T, C), the normalized latents, of the dtype of compressed.
     """
     check_prologue("mla_prologue", query, compressed, norm, slots)
     positions = slots.positions
@@ -100,6 +146,45 @@ def mla_prologue(
         codes, scale = quantize_activation(latent, latent.shape[-1])
         slots.latents.view(torch.uint8)[at] = codes.view(torch.uint8)  # FP8 cannot be put everywhere
         slots.scales[at] = scale[:, 0]
+    return latent
+
+
+def mla_prefill(
+    query: torch.Tensor, expanded: torch.Tensor, slots: CacheSlots, spans: Spans, scale: float
+) -> torch.Tensor:
+    """Attention of new tokens to their sequences, up to and with their own position.
+
+    Args:
+        query: (T, H, N + R), the last R turned.
+        expanded: (S, H, N + V), keys without their rotary part, then values, of all tokens of the sequences,
+            cached ones and new ones.
+        slots: of the new tokens; rotary keys of all of them are in its cache.
+        spans: of the new tokens.
+        scale: factor of the scores.
+
+    Returns:
+        (T, H, V), of the dtype of query.
+    """
+    check_prefill("mla_prefill", query, expanded, slots, spans)
+    nope = query.shape[-1] - slots.keys.shape[-1]
+    out, first, first_key = [], 0, 0
+    for row, before, new in spans.each:
+        length = before + new
+        key, value = expanded[first_key : first_key + length].split([nope, expanded.shape[-1] - nope], -1)
+        turned = slots.keys[row, :length, None].to(key.dtype).expand(-1, key.shape[1], -1)
+        queries, keys, values = (
+            each.transpose(0, 1) for each in (query[first : first + new], torch.cat([key, turned], -1), value)
+        )
+        # A token sees those up to its own: the mask is that of the last rows of a square.
+        mask = None
+        if before:
+            mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(before)
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=mask is None, scale=scale
+        )
+        out.append(attended.transpose(0, 1))
+        first, first_key = first + new, first_key + length
+    return torch.cat(out)
 
 
 def mla_decode(
@@ -143,6 +228,24 @@ def check_prologue(
         checks.check_dtype(f"{op}: {name}", tensor.dtype, (query.dtype,))
     _check_width(op, "compressed", compressed.shape[-1], slots)
     checks.check_shape(f"{op}: compressed", tuple(compressed.shape), (query.shape[0], compressed.shape[1]))
+
+
+def check_prefill(
+    op: str, query: torch.Tensor, expanded: torch.Tensor, slots: CacheSlots, spans: Spans
+) -> None:
+    """Shapes and dtypes of mla_prefill's tensors."""
+    checks.check_dtype(f"{op}: expanded", expanded.dtype, (query.dtype,))
+    tokens = sum(new for _, _, new in spans.each), sum(before + new for _, before, new in spans.each)
+    checks.check_shape(f"{op}: query", tuple(query.shape), (tokens[0], *query.shape[1:]))
+    checks.check_shape(
+        f"{op}: expanded", tuple(expanded.shape), (tokens[1], query.shape[1], expanded.shape[2])
+    )
+    rope = slots.keys.shape[-1]
+    for name, tensor in (("query", query), ("expanded", expanded)):
+        if tensor.shape[-1] < rope + (tensor is query):
+            raise BlockscaleError(
+                "wrong width", where=f"{op}: {name}", expected=f"more than {rope}", got=tensor.shape[-1]
+            )
 
 
 def check_decode(op: str, latent: torch.Tensor, rope: torch.Tensor, slots: CacheSlots) -> None:

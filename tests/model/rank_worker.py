@@ -20,6 +20,7 @@ from blockscale.model.generate import generate
 from blockscale.model.launch import open_ranks
 from blockscale.model.load import load_model
 from blockscale.model.prefill import prefill
+from blockscale.reference.attention import Spans
 from blockscale.testing.random_model import random_model
 
 
@@ -128,7 +129,7 @@ def _after(model, some, written):
     for prompt, new in zip(some, written, strict=True):
         ids = torch.tensor(prompt + new, device=model.device)
         places = torch.arange(len(ids), device=model.device)
-        batch = Batch(ids, places, torch.zeros_like(ids), ((0, 0, len(ids)),), len(ids))
+        batch = Batch(ids, places, torch.zeros_like(ids), Spans(((0, 0, len(ids)),), ids.device), len(ids))
         logits.append(model.logits(model(batch, model.cache(1, len(ids))))[len(prompt) - 1 : -1])
     return torch.cat(logits)
 

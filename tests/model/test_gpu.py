@@ -12,6 +12,7 @@ from blockscale.model.generate import generate
 from blockscale.model.load import load_model
 from blockscale.model.prefill import prefill
 from blockscale.model.speculative import Drafting
+from blockscale.reference.attention import Spans
 from blockscale.testing.random_model import random_model
 
 pytestmark = pytest.mark.gpu
@@ -165,7 +166,7 @@ def test_naive_and_absorbed_attention_of_a_call_agree(model):
     positions, rows = torch.arange(64, device="cuda"), torch.zeros(64, dtype=torch.int64, device="cuda")
     logits = [
         model.logits(model(Batch(ids, positions, rows, spans, 64), model.cache(1, 64)))
-        for spans in (((0, 0, 64),), None)
+        for spans in (Spans(((0, 0, 64),), ids.device), None)
     ]
     assert kl_divergence(*logits).mean() < CLOSE
 

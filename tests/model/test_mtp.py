@@ -11,6 +11,7 @@ from blockscale.errors import BlockscaleError
 from blockscale.model.attention import Batch
 from blockscale.model.load import load_model
 from blockscale.model.speculative import Drafting
+from blockscale.reference.attention import Spans
 from tests import data
 from tests.model import models
 
@@ -48,7 +49,7 @@ def drafts(model, sequence, absorbed):
     """The same by the runtime, read at once."""
     count = len(sequence) - 1
     cache = model.cache(1, count)
-    spans = None if absorbed else ((0, 0, count),)
+    spans = None if absorbed else Spans(((0, 0, count),), sequence.device)
     batch = Batch(sequence[:-1], torch.arange(count), torch.zeros(count, dtype=torch.int64), spans, count)
     hidden = model.normed(model(batch, cache))
     return model.head(model.mtp(model.embed(sequence[1:]), hidden, batch, cache))

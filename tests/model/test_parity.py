@@ -8,6 +8,7 @@ from blockscale.model.decode import decode
 from blockscale.model.generate import generate
 from blockscale.model.load import load_model
 from blockscale.model.prefill import prefill
+from blockscale.reference.attention import Spans
 from tests import data
 from tests.model import models
 
@@ -42,7 +43,9 @@ def all_logits(model, sequence):
     """Logits after every token of a sequence read at once."""
     cache = model.cache(1, len(sequence))
     ids = torch.tensor(sequence)
-    batch = Batch(ids, torch.arange(len(ids)), torch.zeros_like(ids), ((0, 0, len(ids)),), len(ids))
+    batch = Batch(
+        ids, torch.arange(len(ids)), torch.zeros_like(ids), Spans(((0, 0, len(ids)),), ids.device), len(ids)
+    )
     return model.logits(model(batch, cache))
 
 

@@ -77,25 +77,28 @@ def test_quantized_activations_move_results_a_little(fp8, source):
     assert not torch.equal(high, low)
 
 
-def test_every_quantization_of_activations_uses_the_scale_format(fp8, monkeypatch):
+def test_all_activations_that_are_multiplied_have_scales_of_the_format(fp8, monkeypatch):
     seen = {}
 
     def spy(name):
         real = getattr(ops, name)
 
-        def run(x, group_size, scale_fmt, *rest, **options):
-            codes, scale = real(x, group_size, scale_fmt, *rest, **options)
+        def run(codes, scale, *rest, **options):
             known = scale[scale.isfinite()]  # rows that pad an expert's segment hold anything
             powers = torch.equal(known, torch.exp2(known.log2().round()))
             seen.setdefault(name, []).append(powers)
-            return codes, scale
+            return real(codes, scale, *rest, **options)
 
         monkeypatch.setattr(ops, name, run)
 
-    for name in ("quantize_activation", "silu_mul_quantize"):
+    for name in ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_masked"):
         spy(name)
     logits(load(fp8))
-    assert seen.keys() == {"quantize_activation", "silu_mul_quantize"}
+    # Four products of attention in three layers and two of a dense one; two of experts in two layers.
+    assert {name: len(each) for name, each in seen.items()} == {
+        "fp8_gemm_nt": 14,
+        "m_grouped_fp8_gemm_nt_masked": 4,
+    }
     assert {powers for each in seen.values() for powers in each} == {fp8.name == "ue8m0"}
 
 

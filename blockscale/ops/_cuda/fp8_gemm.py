@@ -5,8 +5,9 @@
 Products accumulate in float32 within each 128 of K; then acc = fma(partial, a_scale * b_scale, acc).
 The kernels are `fp8_gemm.cu` (many rows) and `fp8_gemm_few.cu` (few rows), the tile shapes `configs.py`.
 
-What a launch needs (tensor maps, sizes, grid) depends on addresses, shapes, strides and the stream; it is
-made once and kept for the next call with the same. Launches go to PyTorch's current stream, never wait, and
+What a launch needs depends on addresses, shapes, strides and the stream; it is made once and kept for the
+next call with the same, as is what depends on some of them only: the plan (tile, sizes, grid), and the tensor
+map of every operand. Launches go to PyTorch's current stream, never wait, and
 can be captured in CUDA graphs. They allow programmatic overlap: blocks may be set up while the kernel before
 still runs, and wait for its end before they touch memory.
 """
@@ -38,6 +39,20 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("m", "n", "experts", "steps", "scale_rows")),
         *((name, ctypes.c_int) for name in ("m_tiles", "n_tiles")),
     )
+
+
+# Sizes, stride, box, bytes of an element and swizzle, as `tensor_map` takes them.
+_MapShape = tuple[tuple[int, int, int], tuple[int, ...], tuple[int, int], int, int]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A kernel with what it is launched with, but for addresses."""
+
+    function: Any
+    config: Any
+    maps: tuple[tuple[int, _MapShape], ...]  # operand, and its tensor map
+    numbers: tuple[int, ...]  # fields of `_Problem` behind the addresses
 
 
 @dataclass(frozen=True)
@@ -152,27 +167,27 @@ def _run(kind: Kind, tensors: tuple[Any, ...], rows: int, tile: AnyTile | None) 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """E4M3 x with contiguous rows at multiples of 16 bytes, for the copy engine; copied only if needed."""
-    if _is_aligned(x.data_ptr(), x.stride()):
+    if x.data_ptr() % 16 == 0 and _has_aligned_rows(x.stride()):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _is_aligned(address: int, stride: tuple[int, ...]) -> bool:
-    return stride[-1] == 1 and address % 16 == 0 and all(each % 16 == 0 for each in stride[:-1])
+def _has_aligned_rows(stride: tuple[int, ...]) -> bool:
+    return stride[-1] == 1 and all(each % 16 == 0 for each in stride[:-1])
 
 
 def column_major(scale: torch.Tensor) -> torch.Tensor:
     """The scales (..., M, G) with M fastest and G at multiples of 16 bytes, as the kernels read them."""
     m, groups = scale.shape[-2:]
-    if _is_column_major(scale.data_ptr(), m, scale.stride()):
+    if scale.data_ptr() % 16 == 0 and _is_column_major(m, scale.stride()):
         return scale
     padded = scale.new_empty(*scale.shape[:-2], groups, math.ceil(m / 4) * 4)
     return padded[..., :m].mT.copy_(scale)
 
 
-def _is_column_major(address: int, m: int, stride: tuple[int, ...]) -> bool:
+def _is_column_major(m: int, stride: tuple[int, ...]) -> bool:
     outer = (*stride[:-2], stride[-1])
-    return stride[-2] == 1 and stride[-1] >= m and address % 16 == 0 and all(each % 4 == 0 for each in outer)
+    return stride[-2] == 1 and stride[-1] >= m and all(each % 4 == 0 for each in outer)
 
 
 def _is_packed(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -196,8 +211,32 @@ def _prepare(
 
     place: the device, which is current, and a stream of it.
     """
-    device, stream = place
     a, a_scale, b, b_scale, out, bias, layout = addresses
+    aligned_starts = not (a | a_scale | b) % 16
+    plan = _plan(kind, tile, rows, place, aligned_starts, shapes, strides, dtypes)
+    if plan is None:
+        return None
+    maps = [tensor_map(addresses[of], *shape) for of, shape in plan.maps]
+    problem = _Problem(b_scale, out, bias, layout, *plan.numbers)
+    arguments = (ctypes.c_void_p * (len(maps) + 1))(
+        *(int(each.getPtr()) for each in maps), ctypes.addressof(problem)
+    )
+    return _Launch(plan.function, plan.config, ctypes.addressof(arguments), (*maps, problem, arguments))
+
+
+@functools.lru_cache(maxsize=8192)
+def _plan(
+    kind: Kind,
+    tile: AnyTile | None,
+    rows: int,
+    place: tuple[int, int],
+    aligned_starts: bool,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    strides: tuple[tuple[int, ...], ...],
+    dtypes: tuple[torch.dtype, torch.dtype | None],
+) -> _Plan | None:
+    """What `_prepare` needs wherever the operands lie; aligned_starts: those that are copied, to 16 bytes."""
+    device, stream = place
     a_stride, a_scale_stride, b_stride, b_scale_stride, out_stride = strides
     (a_shape, b_shape), (out_dtype, bias_dtype) = shapes, dtypes
     m, k = a_shape[-2:]
@@ -205,9 +244,11 @@ def _prepare(
     steps, scale_rows = math.ceil(k / BLOCK_K), math.ceil(n / 128)
     if n % 16 or k % 16:
         raise BlockscaleError("N and K must be multiples of 16", where="fp8_gemm", got=f"N = {n}, K = {k}")
-    codes_fit = _is_aligned(a, a_stride) and _is_aligned(b, b_stride)
-    scales_fit = _is_column_major(a_scale, m, a_scale_stride)
-    if not codes_fit or not scales_fit or not _is_packed((experts, scale_rows, steps), b_scale_stride):
+    codes_fit = _has_aligned_rows(a_stride) and _has_aligned_rows(b_stride)
+    scales_fit = _is_column_major(m, a_scale_stride) and _is_packed(
+        (experts, scale_rows, steps), b_scale_stride
+    )
+    if not (aligned_starts and codes_fit and scales_fit):
         return None
     if tile is None or not takes(tile, kind, experts):
         tile = choose(kind, (rows, n, k), experts, _processors(device))
@@ -215,28 +256,22 @@ def _prepare(
     a_box, b_box, scale_box = tile.boxes
     scale_stride = (*a_scale_stride[:-2], a_scale_stride[-1], 1)
     out_float32 = out_dtype == torch.float32
-    maps = [
-        tensor_map(a, (k, m, a_experts), a_stride, (BLOCK_K, a_box), 1, swizzle=BLOCK_K),
-        tensor_map(b, (k, n, experts), b_stride, (BLOCK_K, b_box), 1, swizzle=BLOCK_K),
-        tensor_map(a_scale, (m, steps, a_experts), scale_stride, (scale_box, 1), 4, swizzle=0),
+    maps: list[tuple[int, _MapShape]] = [
+        (0, ((k, m, a_experts), a_stride, (BLOCK_K, a_box), 1, BLOCK_K)),
+        (2, ((k, n, experts), b_stride, (BLOCK_K, b_box), 1, BLOCK_K)),
+        (1, ((m, steps, a_experts), scale_stride, (scale_box, 1), 4, 0)),
     ]
     if isinstance(tile, Tile):
         size, line = (4 if out_float32 else 2), tile.line_bytes(out_float32)
-        maps.append(tensor_map(out, (n, m, a_experts), out_stride, (line // size, 64), size, swizzle=line))
+        maps.append((4, ((n, m, a_experts), out_stride, (line // size, 64), size, line)))
     super_m, super_n = tile.super_tile
     m_tiles, n_tiles = math.ceil(m / super_m), math.ceil(n / super_n)
-    problem = _Problem(
-        b_scale, out, bias, layout, out_stride[-2], out_stride[0] if kind == "masked" else 0,
-        m, n, experts, steps, scale_rows, m_tiles, n_tiles,
-    )  # fmt: skip
-    arguments = (ctypes.c_void_p * (len(maps) + 1))(
-        *(int(each.getPtr()) for each in maps), ctypes.addressof(problem)
-    )
+    out_expert = out_stride[0] if kind == "masked" else 0
+    numbers = out_stride[-2], out_expert, m, n, experts, steps, scale_rows, m_tiles, n_tiles
     function, slots = _kernel(kind, tile, out_float32, _BIAS_KINDS[bias_dtype], device)
     grid = grid_size(tile, None if kind == "masked" else m_tiles * n_tiles, slots)
-    keep = (*maps, problem, arguments)
     config = _launch_config(grid, tile.threads, tile.shared_bytes(out_float32), stream)
-    return _Launch(function, config, ctypes.addressof(arguments), keep)
+    return _Plan(function, config, tuple(maps), numbers)
 
 
 def _launch_config(grid: int, threads: int, shared_bytes: int, stream: int) -> Any:
@@ -265,13 +300,13 @@ def grid_size(tile: AnyTile, tiles: int | None, slots: int) -> int:
     return math.ceil(tiles / math.ceil(tiles / slots)) * tile.cluster
 
 
+@functools.lru_cache(maxsize=8192)
 def tensor_map(
     address: int,
     sizes: tuple[int, int, int],
     stride: tuple[int, ...],
     box: tuple[int, int],
     element: int,
-    *,
     swizzle: int,
 ) -> Any:
     """Tensor map of a 3-D array (column, row, expert) of elements of 1, 2 or 4 bytes, moved in boxes.

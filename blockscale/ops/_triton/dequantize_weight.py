@@ -14,6 +14,7 @@ import triton.language as tl
 
 from blockscale.ops._triton.device import cdiv, current, next_power_of_2
 from blockscale.ops._triton.e4m3 import converts_to_e4m3, e4m3_value, narrow_canonical
+from blockscale.ops._triton.launch import quick
 
 # 32 values a thread: a quarter of a 128 x 128 block, rows of 128 codes (whole sectors of memory).
 _TILE_VALUES = 4096
@@ -21,6 +22,7 @@ _NUM_WARPS = 4
 
 
 # Block sizes are arguments, not constants: a block may be cut into tiles of any size.
+@quick
 @triton.jit
 def _dequantize_weight_kernel(
     codes_ptr,

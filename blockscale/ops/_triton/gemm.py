@@ -23,6 +23,7 @@ import triton.language as tl
 
 from blockscale.ops._triton import device
 from blockscale.ops._triton.device import cdiv
+from blockscale.ops._triton.launch import quick
 
 _GROUP_M = 8
 
@@ -56,6 +57,7 @@ def _tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 # M changes from call to call: a new value must not mean a new compilation.
+@quick
 @triton.jit(do_not_specialize=["M", "stride_scale_g"])
 def _fp8_gemm_kernel(
     a_ptr,

@@ -26,6 +26,7 @@ from blockscale.ops._triton import device
 from blockscale.ops._triton.device import cdiv, next_power_of_2
 from blockscale.ops._triton.gemm_small_m import store_transposed, weights_ahead
 from blockscale.ops._triton.gemm_weights import tokens_times_weights
+from blockscale.ops._triton.launch import quick
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class MaskedConfig:
     warps: int
 
 
+@quick
 @triton.jit(do_not_specialize=["M_MAX", "stride_scale_e", "stride_scale_g"])
 def _m_grouped_fp8_gemm_masked_kernel(
     a_ptr,

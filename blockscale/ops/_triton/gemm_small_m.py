@@ -28,6 +28,7 @@ import triton.language as tl
 from blockscale.ops._triton import device
 from blockscale.ops._triton.device import cdiv, next_power_of_2
 from blockscale.ops._triton.gemm_weights import tokens_times_weights
+from blockscale.ops._triton.launch import quick
 
 # Upper 56 bits of a counter. As float32 pairs it is a NaN with an odd payload, which no tensor holds by
 # chance.
@@ -75,6 +76,7 @@ def store_transposed(out_ptr, total, bias_ptr, tokens, rows, N, BLOCK_M: tl.cons
     tl.store(out_ptr + (n[:, None] + m[None, :] * N), total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@quick
 @triton.jit(do_not_specialize=["M", "stride_scale_g"])
 def _fp8_gemm_small_m_kernel(
     a_ptr,

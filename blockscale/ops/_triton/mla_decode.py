@@ -27,6 +27,7 @@ from blockscale.ops._triton.device import (
     wait_for_previous_kernel,
 )
 from blockscale.ops._triton.e4m3 import converts_to_e4m3, e4m3_value, narrow, operand
+from blockscale.ops._triton.launch import quick
 from blockscale.reference.attention import CacheSlots
 
 _TOKENS = 64  # of a tile of the cache; 32 took a quarter longer with many long sequences
@@ -37,7 +38,8 @@ _LOWEST = tl.constexpr(-1e30)  # below every score, and finite, so that differen
 _GATHERED = 128  # columns of a program that puts shares together
 
 
-@triton.jit
+@quick
+@triton.jit(do_not_specialize=["scales_row_stride", "shares", "share"])
 def _mla_decode_kernel(
     latent_ptr,
     rope_ptr,
@@ -123,7 +125,8 @@ def _mla_decode_kernel(
         tl.store(sum_ptr + full, top + tl.log2(total), mask=head < heads)
 
 
-@triton.jit
+@quick
+@triton.jit(do_not_specialize=["shares"])
 def _gather_kernel(
     mean_ptr,
     sum_ptr,

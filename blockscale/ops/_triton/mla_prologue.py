@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from blockscale.formats import ScaleFmt
 from blockscale.ops._triton.device import current, next_power_of_2, overlap, wait_for_previous_kernel
 from blockscale.ops._triton.e4m3 import (
     activation_scale,
@@ -25,7 +26,10 @@ from blockscale.ops._triton.e4m3 import (
     through,
     widen,
 )
+from blockscale.ops._triton.launch import quick
 from blockscale.reference.attention import CacheSlots, RotaryTable
+
+_GROUP = 128  # values of a scale of latents that are quantized for a product
 
 
 @triton.jit
@@ -33,7 +37,8 @@ def _turned(first, second, cos, sin):
     return first * cos - second * sin, second * cos + first * sin
 
 
-@triton.jit
+@quick
+@triton.jit(do_not_specialize=["scales_row_stride", "codes_scale_token_stride", "codes_scale_group_stride"])
 def _mla_prologue_kernel(
     query_ptr,
     compressed_ptr,
@@ -45,6 +50,8 @@ def _mla_prologue_kernel(
     latents_ptr,
     keys_ptr,
     scales_ptr,
+    codes_ptr,
+    codes_scale_ptr,
     query_token_stride,
     query_head_stride,
     compressed_stride,
@@ -53,6 +60,8 @@ def _mla_prologue_kernel(
     keys_row_stride,
     keys_position_stride,
     scales_row_stride,
+    codes_scale_token_stride,
+    codes_scale_group_stride,
     heads,
     nope,
     latent_width,
@@ -63,6 +72,9 @@ def _mla_prologue_kernel(
     LATENT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     SCALED: tl.constexpr,
+    QUANTIZES: tl.constexpr,
+    POW2: tl.constexpr,
+    GROUP: tl.constexpr,
     NATIVE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -100,8 +112,17 @@ def _mla_prologue_kernel(
         normalized = through(latent * tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), dtype)
         weight = widen(tl.load(norm_ptr + column, mask=filled, other=0.0))
         y = through(normalized * weight, dtype)
+        CORRECTIONS: tl.constexpr = 2 if dtype == tl.float32 else 1
+        if QUANTIZES:
+            groups = tl.reshape(y, (LATENT // GROUP, GROUP))
+            group = tl.arange(0, LATENT // GROUP)
+            scale = activation_scale(tl.max(magnitude(groups), axis=1), POW2)
+            at = codes_scale_ptr + token * codes_scale_token_stride + group * codes_scale_group_stride
+            tl.store(at, scale, mask=group * GROUP < latent_width)
+            at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            codes = scaled_codes(groups, scale[:, None], CORRECTIONS, POW2, NATIVE)
+            tl.store(codes_ptr + token * latent_width + at, codes, mask=at < latent_width)
         if SCALED:
-            CORRECTIONS: tl.constexpr = 2 if dtype == tl.float32 else 1
             scale = activation_scale(tl.max(magnitude(y), axis=0), False)
             tl.store(latents + column, scaled_codes(y, scale, CORRECTIONS, False, NATIVE), mask=filled)
             tl.store(scales_ptr + row * scales_row_stride + position, scale)
@@ -122,8 +143,14 @@ def mla_prologue(
     eps: float,
     table: RotaryTable,
     slots: CacheSlots,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scale_fmt: ScaleFmt | None = None,
 ) -> None:
-    """As `ops.mla_prologue`; unit strides along the last dimension of everything."""
+    """As `ops.mla_prologue`; unit strides along the last dimension of everything.
+
+    quantized: codes (T, C), contiguous, and their scales at any strides, to fill with the latents.
+    """
+    codes, codes_scale = quantized or (compressed, compressed)
     half, latents, keys = table.cos.shape[1], slots.latents, slots.keys
     scales = slots.scales
     with current(query.device):
@@ -138,6 +165,8 @@ def mla_prologue(
             latents if scales is None else latents.view(torch.uint8),
             keys,
             keys if scales is None else scales,
+            codes if quantized is None else codes.view(torch.uint8),
+            codes_scale,
             query.stride(0),
             query.stride(1),
             compressed.stride(0),
@@ -146,6 +175,7 @@ def mla_prologue(
             keys.stride(0),
             keys.stride(1),
             0 if scales is None else scales.stride(0),
+            *codes_scale.stride(),
             query.shape[1],
             query.shape[2] - 2 * half,
             norm.shape[0],
@@ -153,9 +183,12 @@ def mla_prologue(
             HALF=half,
             HALF_PADDED=next_power_of_2(half),
             HEADS=next_power_of_2(query.shape[1]),
-            LATENT=next_power_of_2(norm.shape[0]),
+            LATENT=max(_GROUP, next_power_of_2(norm.shape[0])),
             INTERLEAVED=table.interleaved,
             SCALED=scales is not None,
+            QUANTIZES=quantized is not None,
+            POW2=scale_fmt == "ue8m0",
+            GROUP=_GROUP,
             NATIVE=converts_to_e4m3(query.device),
             num_warps=4,
             enable_fp_fusion=False,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from blockscale.ops._triton.device import cdiv, current
+from blockscale.ops._triton.launch import quick
 
 _BLOCK = 8192  # values a program looks at
 _NUM_WARPS = 4
@@ -19,6 +20,7 @@ _BITS = {
 }
 
 
+@quick
 @triton.jit
 def _find_nonfinite_kernel(
     bits_ptr, found_ptr, size, MASK: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr

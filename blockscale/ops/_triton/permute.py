@@ -18,6 +18,7 @@ import triton.language as tl
 
 from blockscale.ops._triton.device import cdiv, current, next_power_of_2, overlap, wait_for_previous_kernel
 from blockscale.ops._triton.e4m3 import narrow_canonical, widen
+from blockscale.ops._triton.launch import quick
 
 _CHUNK = 128  # slots a program ranks by comparing all pairs
 _CHUNKS_AT_ONCE = 32  # rows of counts that one program sums at a time
@@ -25,6 +26,7 @@ _COPY_BYTES = 4096  # of a row moved at a time: 32 bytes a thread
 _COMBINE_VALUES = 1024  # of a row summed at a time: 8 a thread, times topk rows in flight
 
 
+@quick
 @triton.jit(do_not_specialize=["slots"])
 def _count_kernel(
     ids_ptr, counts_ptr, slots, experts, CHUNK: tl.constexpr, PIECE: tl.constexpr, EXPERTS: tl.constexpr
@@ -39,6 +41,7 @@ def _count_kernel(
     tl.store(counts_ptr + chunk * experts + expert, count, mask=expert < experts)
 
 
+@quick
 @triton.jit(do_not_specialize=["chunks"])
 def _segment_kernel(
     counts_ptr, chunks, experts, ALIGNMENT: tl.constexpr, AT_ONCE: tl.constexpr, EXPERTS: tl.constexpr
@@ -66,6 +69,7 @@ def _segment_kernel(
         first += AT_ONCE
 
 
+@quick
 @triton.jit(do_not_specialize=["slots"])
 def _place_kernel(ids_ptr, starts_ptr, positions_ptr, m_indices_ptr, slots, experts, CHUNK: tl.constexpr):
     chunk, index = tl.program_id(0), tl.arange(0, CHUNK)
@@ -79,7 +83,8 @@ def _place_kernel(ids_ptr, starts_ptr, positions_ptr, m_indices_ptr, slots, expe
     tl.store(m_indices_ptr + position, ids, mask=valid)
 
 
-@triton.jit
+@quick
+@triton.jit(do_not_specialize=["scale_group_stride", "row_scale_stride"])
 def _scatter_kernel(
     x_ptr,
     scale_ptr,
@@ -117,6 +122,7 @@ def _scatter_kernel(
             tl.store(target, scale, mask=group < tl.where(position >= 0, groups, 0))
 
 
+@quick
 @triton.jit
 def _combine_kernel(
     rows_ptr,

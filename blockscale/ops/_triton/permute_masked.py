@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 
 from blockscale.ops._triton.device import current, next_power_of_2, overlap, wait_for_previous_kernel
+from blockscale.ops._triton.launch import quick
 
 _SLOTS_AT_ONCE = 256  # that a token's slots are compared with
 _COPY_BYTES = 4096  # of a row moved at a time
 
 
+@quick
 @triton.jit(do_not_specialize=["tokens", "capacity"])
 def _permute_masked_kernel(
     x_ptr,

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from blockscale.ops._triton.device import cdiv, current, next_power_of_2, overlap, wait_for_previous_kernel
 from blockscale.ops._triton.e4m3 import activation_scale, converts_to_e4m3, magnitude, scaled_codes, widen
+from blockscale.ops._triton.launch import quick
 
 # Values a program takes: 8 KB of BF16 and 32 values a thread, enough loads in flight with 8 programs on a
 # multiprocessor; and small enough that a single row of 7168 still makes 7 programs.
@@ -61,6 +62,7 @@ def tile_offsets(tiles_across, ROWS: tl.constexpr, GROUPS: tl.constexpr):
 
 
 # The number of rows changes from call to call: a new value must not mean a new compilation.
+@quick
 @triton.jit(do_not_specialize=["rows", "scale_row_stride", "scale_group_stride"])
 def _quantize_activation_kernel(
     x_ptr,

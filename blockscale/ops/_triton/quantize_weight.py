@@ -15,6 +15,7 @@ import triton.language as tl
 
 from blockscale.ops._triton.device import current, next_power_of_2
 from blockscale.ops._triton.e4m3 import converts_to_e4m3, magnitude, scaled_weight_codes, weight_scale, widen
+from blockscale.ops._triton.launch import quick
 
 # 64 values of a 128 x 128 block a thread; two programs fit on a multiprocessor: one loads, the other stores.
 _VALUES_PER_WARP = 2048
@@ -23,6 +24,7 @@ _MOST_WARPS = 16
 LARGEST_BLOCK = 1 << 16
 
 
+@quick
 @triton.jit
 def _quantize_weight_kernel(
     x_ptr,

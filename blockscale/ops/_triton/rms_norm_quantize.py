@@ -28,6 +28,7 @@ from blockscale.ops._triton.e4m3 import (
     through,
     widen,
 )
+from blockscale.ops._triton.launch import quick
 from blockscale.ops.dispatch import as_rows
 
 # 32 values a thread, 8 warps for a row of 7168 or 8192: four or more rows in flight on a multiprocessor.
@@ -38,6 +39,7 @@ _MOST_WARPS = 16
 LARGEST_ROW = 1 << 15
 
 
+@quick
 @triton.jit(do_not_specialize=["scale_row_stride", "scale_group_stride"])
 def _rms_norm_quantize_kernel(
     x_ptr,

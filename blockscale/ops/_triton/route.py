@@ -16,6 +16,7 @@ import triton.language as tl
 
 from blockscale.ops._triton.device import cdiv, current, next_power_of_2, overlap, wait_for_previous_kernel
 from blockscale.ops._triton.e4m3 import operand
+from blockscale.ops._triton.launch import quick
 from blockscale.reference.routing import Routing
 
 _VALUES = 1024  # logits of a program: 8 a thread
@@ -24,7 +25,8 @@ _STEP = 128  # of K
 _TOKENS = 16  # the least of a tensor core product
 
 
-@triton.jit
+@quick
+@triton.jit(do_not_specialize=["tokens"])
 def _logits_kernel(
     x_ptr,
     weight_ptr,
@@ -84,7 +86,8 @@ def _among_groups(choice, GROUPS: tl.constexpr, TOPK_GROUP: tl.constexpr, GROUP_
     return tl.reshape(rows, (TOKENS, EXPERTS))
 
 
-@triton.jit
+@quick
+@triton.jit(do_not_specialize=["tokens"])
 def _route_kernel(
     logits_ptr,
     bias_ptr,

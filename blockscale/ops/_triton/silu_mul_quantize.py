@@ -26,6 +26,7 @@ from blockscale.ops._triton.e4m3 import (
     through,
     widen,
 )
+from blockscale.ops._triton.launch import quick
 from blockscale.ops._triton.quantize_activation import LARGEST_GROUP, tile_offsets, tiling
 
 __all__ = ["LARGEST_GROUP", "silu_mul_quantize"]
@@ -64,6 +65,7 @@ def silu(x, BF16: tl.constexpr):
     return tl.where(tl.abs(x) > 87.0, tl.where(x > 0, x, x * 0.0), value)
 
 
+@quick
 @triton.jit(do_not_specialize=["rows", "scale_row_stride", "scale_group_stride"])
 def _silu_mul_quantize_kernel(
     x_ptr,

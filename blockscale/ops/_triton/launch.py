@@ -1,0 +1,67 @@
+"""Launches of Triton kernels that cost the host little.
+
+`kernel[grid](...)` binds, specializes and looks up by text at every launch, which takes 25 to 50 us: longer
+than most of these kernels run. Here one look at the arguments finds the compiled kernel, and pointers are
+handed over as numbers, which spares the driver a question about each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from triton import JITFunction
+
+_INT32 = 1 << 31
+
+
+def sort_of(value: Any) -> object:
+    """What of an argument the compiled kernel depends on: at least what Triton specializes for.
+
+    That are dtype and alignment to 16 bytes of a tensor, and of an integer whether it is 1, a multiple of 16
+    and fits 32 bits.
+    """
+    kind = type(value)
+    if kind is int:
+        return value == 1, value & 15 == 0, -_INT32 <= value < _INT32
+    return (value.dtype, value.data_ptr() & 15 == 0) if isinstance(value, torch.Tensor) else kind
+
+
+class QuickKernel:
+    """A Triton kernel whose first parameters are tensors and numbers, the others constants, given by name."""
+
+    def __init__(self, jit: JITFunction[Any]) -> None:
+        self._jit = jit
+        self._known: dict[object, tuple[Any, tuple[object, ...]]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Call the result with the parameters, and with Triton's options by name."""
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *values: Any, **options: Any) -> None:
+        device = torch.cuda.current_device()
+        sort = (device, *map(sort_of, values), *options.items())
+        known = self._known.get(sort)
+        if known is None:
+            self._known[sort] = self._jit[grid](*values, **options), self._constants(values, options)
+            return
+        compiled, constants = known
+        plain = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values]
+        # The stream as a number: an object for it takes as long to make as a launch.
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        compiled[(*grid, 1, 1)[:3]](*plain, *constants, stream=stream)
+
+    def _constants(self, values: tuple[Any, ...], options: dict[str, Any]) -> tuple[object, ...]:
+        """Values of the parameters behind the first ones."""
+        assert all(parameter.is_constexpr for parameter in self._jit.params[len(values) :])
+        named = {name: value for name, value in options.items() if name in self._jit.arg_names}
+        bound = self._jit.signature.bind(*values, **named)
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())[len(values) :]
+
+
+def quick(kernel: Any) -> Any:
+    """Decorator above `triton.jit`; in Triton's interpreter the kernel stays as it is."""
+    return QuickKernel(kernel) if isinstance(kernel, JITFunction) else kernel
