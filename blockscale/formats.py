@@ -14,6 +14,7 @@ Sources: DeepSeek-V3 `README_WEIGHTS.md` (format), safetensors README (dtypes), 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -127,6 +128,16 @@ class BlockFP8:
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scale grid: (576, 7168) -> (5, 56); (E, N, K) -> (E, ceil(N/bn), ceil(K/bk))."""
         return scale_shape(shape, self.block_size)
+
+
+@functools.lru_cache(typed=True)
+def activation_format(group_size: int, scale_fmt: ScaleFmt) -> BlockFP8:
+    """The format of activations in groups of G adjacent values: blocks (1, G).
+
+    Raises:
+        BlockscaleError: not a positive integer, or no scale format.
+    """
+    return BlockFP8((1, group_size), scale_fmt)
 
 
 def blocks_over(run: range, side: int) -> range:

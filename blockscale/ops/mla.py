@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from blockscale.formats import BlockFP8, ScaleFmt
+from blockscale.formats import ScaleFmt, activation_format
 from blockscale.ops import dispatch
 from blockscale.ops.quantize_activation import quantize_activation
 from blockscale.reference import attention
@@ -49,7 +49,7 @@ def mla_prologue(
     """
     op = "mla_prologue"
     attention.check_prologue(op, query, compressed, norm, slots)
-    fmt = None if scale_fmt is None else BlockFP8((1, _GROUP), scale_fmt)
+    fmt = None if scale_fmt is None else activation_format(_GROUP, scale_fmt)
     kernels = dispatch.triton_kernels(op, op, query.device, backend)
     if kernels is None:
         latent = attention.mla_prologue(query, compressed, norm, eps, table, slots)
@@ -128,7 +128,7 @@ def mla_prefill_quantize(
         BlockscaleError: dtypes, shapes or widths that do not fit together, unknown scale format or backend.
     """
     op = "mla_prefill_quantize"
-    fmt = BlockFP8((1, _GROUP), scale_fmt)
+    fmt = activation_format(_GROUP, scale_fmt)
     attention.check_prefill(op, query, expanded, slots, spans)
     value = expanded.shape[-1] - query.shape[-1] + slots.keys.shape[-1]
     kernels = _for_tensor_cores("mla_prefill", query, backend)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from blockscale import reference
-from blockscale.formats import BlockFP8, ScaleFmt
+from blockscale.formats import BlockFP8, ScaleFmt, activation_format
 from blockscale.ops import dispatch
 from blockscale.reference import checks
 from blockscale.reference.fp8 import ACTIVATION_AMAX_FLOOR, ScaleLayout, empty_scale
@@ -48,7 +48,7 @@ def quantize_activation(
         BlockscaleError: wrong dtype or shape, unusable `out`, unknown scale format or backend.
     """
     checks.check_rows(_OP, x, group_size)
-    fmt = BlockFP8((1, group_size), scale_fmt)
+    fmt = activation_format(group_size, scale_fmt)
     threads = dispatch.check_threads(_OP, threads)
     triton_kernels = dispatch.triton_kernels(_OP, _OP, x.device, backend)
     groups = math.ceil(x.shape[-1] / group_size)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from blockscale.formats import BlockFP8, ScaleFmt
+from blockscale.formats import BlockFP8, ScaleFmt, activation_format
 from blockscale.ops import dispatch
 from blockscale.ops.quantize_activation import quantize_activation, rows_of_scale
 from blockscale.reference import fused
@@ -48,7 +48,7 @@ def rms_norm_quantize(
     Raises:
         BlockscaleError: wrong dtype, shape or device, unknown scale format or backend.
     """
-    fmt = BlockFP8((1, group_size), scale_fmt)
+    fmt = activation_format(group_size, scale_fmt)
     normed = _run(_OP, (x, residual), weight, eps, fmt, scale_layout, plain=False, backend=backend)
     assert normed.codes is not None
     assert normed.scale is not None
@@ -95,7 +95,7 @@ def rms_norm(
     Raises:
         BlockscaleError: wrong dtype, shape or device, unknown scale format or backend.
     """
-    fmt = None if scale_fmt is None else BlockFP8((1, _GROUP), scale_fmt)
+    fmt = None if scale_fmt is None else activation_format(_GROUP, scale_fmt)
     return _run("rms_norm", (x, residual), weight, eps, fmt, "column", plain=plain, backend=backend)
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from blockscale.formats import BlockFP8, ScaleFmt
+from blockscale.formats import ScaleFmt, activation_format
 from blockscale.ops import dispatch
 from blockscale.ops.quantize_activation import quantize_activation, rows_of_scale
 from blockscale.reference import fused
@@ -45,7 +45,7 @@ def silu_mul_quantize(
         BlockscaleError: wrong dtype or shape, unknown scale format or backend.
     """
     fused.check_gate_up(_OP, x)
-    fmt = BlockFP8((1, group_size), scale_fmt)
+    fmt = activation_format(group_size, scale_fmt)
     kernels = dispatch.triton_kernels(_OP, _OP, x.device, backend)
     if kernels is None or group_size > kernels.LARGEST_GROUP:
         y = fused.silu_mul(x)

@@ -144,7 +144,7 @@ def _run(kind: Kind, tensors: tuple[Any, ...], rows: int, tile: AnyTile | None) 
     """Launch on (a, a_scale, b, b_scale, out, bias or None, layout or None); rows chooses the tile."""
     a, a_scale, b, b_scale, out, bias, layout = tensors
     device = a.device.index
-    if torch.cuda.current_device() != device:
+    if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
             _run(kind, tensors, rows, tile)
         return

@@ -39,7 +39,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make `device` the one that Triton launches on."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    if device.type != "cuda" or device.index == torch._C._cuda_getDevice():
         return _NOTHING
     return torch.cuda.device(device)
 

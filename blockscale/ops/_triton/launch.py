@@ -7,7 +7,7 @@ handed over as numbers, which spares the driver a question about each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,16 +17,26 @@ from triton import JITFunction
 _INT32 = 1 << 31
 
 
-def sort_of(value: Any) -> object:
-    """What of an argument the compiled kernel depends on: at least what Triton specializes for.
+def sorted_out(values: Sequence[Any]) -> tuple[list[object], list[Any]]:
+    """What of arguments the compiled kernel depends on, and the arguments with pointers as numbers.
 
-    That are dtype and alignment to 16 bytes of a tensor, and of an integer whether it is 1, a multiple of 16
-    and fits 32 bits.
+    It depends on what Triton specializes for: dtype and alignment to 16 bytes of a tensor, and of an integer
+    whether it is 1, a multiple of 16 and fits 32 bits.
     """
-    kind = type(value)
-    if kind is int:
-        return value == 1, value & 15 == 0, -_INT32 <= value < _INT32
-    return (value.dtype, value.data_ptr() & 15 == 0) if isinstance(value, torch.Tensor) else kind
+    sorts: list[object] = []
+    plain = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            address = value.data_ptr()
+            sorts += value.dtype, address & 15
+            plain.append(address)
+            continue
+        if type(value) is int:
+            sorts.append((value == 1) + 2 * (value & 15 == 0) + 4 * (-_INT32 <= value < _INT32))
+        else:
+            sorts.append(type(value))
+        plain.append(value)
+    return sorts, plain
 
 
 class QuickKernel:
@@ -41,14 +51,14 @@ class QuickKernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *values: Any, **options: Any) -> None:
-        device = torch.cuda.current_device()
-        sort = (device, *map(sort_of, values), *options.items())
+        device = torch._C._cuda_getDevice()
+        sorts, plain = sorted_out(values)
+        sort = (device, *sorts, *options.items())
         known = self._known.get(sort)
         if known is None:
             self._known[sort] = self._jit[grid](*values, **options), self._constants(values, options)
             return
         compiled, constants = known
-        plain = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values]
         # The stream as a number: an object for it takes as long to make as a launch.
         stream = torch._C._cuda_getCurrentRawStream(device)
         compiled[(*grid, 1, 1)[:3]](*plain, *constants, stream=stream)

@@ -39,7 +39,10 @@ _GATHERED = 128  # columns of a program that puts shares together
 
 
 @quick
-@triton.jit(do_not_specialize=["scales_row_stride", "shares", "share"])
+@triton.jit(
+    do_not_specialize=["scales_row_stride", "shares", "share"],
+    do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"],
+)
 def _mla_decode_kernel(
     latent_ptr,
     rope_ptr,

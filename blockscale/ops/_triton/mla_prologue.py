@@ -38,7 +38,10 @@ def _turned(first, second, cos, sin):
 
 
 @quick
-@triton.jit(do_not_specialize=["scales_row_stride", "codes_scale_token_stride", "codes_scale_group_stride"])
+@triton.jit(
+    do_not_specialize=["scales_row_stride", "codes_scale_token_stride", "codes_scale_group_stride"],
+    do_not_specialize_on_alignment=["positions_ptr", "rows_ptr"],
+)
 def _mla_prologue_kernel(
     query_ptr,
     compressed_ptr,
