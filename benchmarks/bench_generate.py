@@ -3,7 +3,8 @@
     python benchmarks/bench_generate.py [--config inference/configs/config_16B.json] [--layers N] [--quick]
 
 First both models read the same prompt, and the KL divergence of FP8 from BF16 is checked. Then are timed
-- prefill: prompts of 2048 random tokens to the logits after them, the median of several calls;
+- prefill: prompts of 2048 random tokens to the logits after them, and of a few less, every time another
+  number of them, as prompts come; the median of several calls, in which FP8 and BF16 take turns;
 - decode: `generate` itself with random prompts, the median time between two tokens of its callback, so that
   sampling, graphs and the host's part are in it;
 - start-up: a fresh process with empty caches, from weights in memory to the first token.
@@ -44,7 +45,13 @@ from blockscale.testing.random_model import random_model
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "generate.jsonl"
 CONFIG = HERE.parent / "inference" / "configs" / "config_16B.json"
-PREFILL = ((1, 2048), (4, 2048))
+_ROUNDS, _WARM_ROUNDS = 11, 2
+# Number of prompts, and tokens of each in every round.
+PREFILL = {
+    "1x2048": (1, [2048] * _ROUNDS),
+    "1x2048, new lengths": (1, [2047 - round for round in range(_ROUNDS)]),
+    "4x2048": (4, [2048] * _ROUNDS),
+}
 # Sequences of a batch differ, or are all the same, so that they choose the same experts.
 DECODE = (
     *((batch, context, "different") for context in (512, 4096) for batch in (1, 8, 32, 128)),
@@ -64,17 +71,19 @@ def random_prompts(model: Transformer, count: int, length: int, kind: str = "dif
     return drawn.expand(count, -1).tolist()
 
 
-def seconds_of_prefill(model: Transformer, batch: int, length: int) -> float:
-    """Median of reading prompts into an empty cache, until their logits are there."""
-    cache, prompts = model.cache(batch, length), random_prompts(model, batch, length)
-    times = []
-    for _ in range(7):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        prefill(model, cache, prompts)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def prefill_rates(models: dict[str, Transformer], batch: int, lengths: list[int]) -> dict[str, float]:
+    """Median tokens a second of reading prompts into an empty cache, until their logits are there."""
+    caches = {name: model.cache(batch, max(lengths)) for name, model in models.items()}
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for length in lengths:
+        for name, model in models.items():
+            prompts = random_prompts(model, batch, length)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            prefill(model, caches[name], prompts)
+            torch.cuda.synchronize()
+            rates[name].append(batch * length / (time.perf_counter() - start))
+    return {name: statistics.median(each[_WARM_ROUNDS:]) for name, each in rates.items()}
 
 
 def seconds_of_step(model: Transformer, batch: int, context: int, kind: str) -> float:
@@ -224,10 +233,7 @@ def main() -> None:
     rate = record["copy_bytes_per_second"] = copy_rate()
     print(f"KL {record['kl_divergence']:.4f}, weights {record['weight_bytes']}, copy {rate / 1e12:.2f} TB/s")
     record["prefill_tokens_per_second"] = {
-        f"{batch}x{length}": {
-            name: batch * length / seconds_of_prefill(model, batch, length) for name, model in models.items()
-        }
-        for batch, length in PREFILL
+        name: prefill_rates(models, batch, lengths) for name, (batch, lengths) in PREFILL.items()
     }
     for key, values in record["prefill_tokens_per_second"].items():
         ratio = values["fp8"] / values["bf16"]

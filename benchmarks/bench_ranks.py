@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_generate import CONFIG, FORMATS, PREFILL, random_prompts, seconds_of_prefill, seconds_of_step
+from bench_generate import CONFIG, FORMATS, PREFILL, prefill_rates, random_prompts, seconds_of_step
 
 from blockscale.model.config import load_config
 from blockscale.model.generate import generate
@@ -29,7 +29,10 @@ DECODE = ((1, 512), (8, 512), (32, 512))
 
 def rates(model: Transformer) -> dict[str, float]:
     """Tokens a second of every case."""
-    found = {f"prefill {b}x{n}": b * n / seconds_of_prefill(model, b, n) for b, n in PREFILL}
+    found = {
+        f"prefill {name}": prefill_rates({"": model}, batch, lengths)[""]
+        for name, (batch, lengths) in PREFILL.items()
+    }
     for batch, context in DECODE:
         found[f"decode batch {batch} at {context}"] = batch / seconds_of_step(
             model, batch, context, "different"
