@@ -67,7 +67,7 @@ def continued(
         with torch.inference_mode():
             logits.append([model(text[:, :-1]).logits[0] for text in whole])
     written = [text[0, len(prompt) :].tolist() for prompt, text in zip(prompts, whole, strict=True)]
-    return written, *logits
+    return written, logits[0], logits[1]
 
 
 def all_logits(model: Transformer, sequence: list[int]) -> torch.Tensor:
