@@ -22,13 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockscale.checkpoint.precision import parse_precision
 from blockscale.metrics import kl_divergence
-from blockscale.model.attention import Batch
 from blockscale.model.generate import generate
 from blockscale.model.launch import open_ranks
 from blockscale.model.load import load_model
+from blockscale.model.prefill import all_logits
 from blockscale.model.ranks import Ranks
-from blockscale.model.transformer import Transformer
-from blockscale.reference.attention import Spans
 from blockscale.testing.bench import append_result, environment
 
 RESULTS = Path(__file__).parent / "results" / "parity.jsonl"
@@ -70,15 +68,6 @@ def continued(
     return written, logits[0], logits[1]
 
 
-def all_logits(model: Transformer, sequence: list[int]) -> torch.Tensor:
-    """Logits after every token of a sequence that is read at once."""
-    ids = torch.tensor(sequence, device=model.device)
-    places = torch.arange(len(ids), device=model.device)
-    spans = Spans(((0, 0, len(ids)),), model.device)
-    batch = Batch(ids, places, torch.zeros_like(ids), spans, len(ids))
-    return model.logits(model(batch, model.cache(1, len(sequence))))
-
-
 def until_other(tokens: list[int], expected: list[int]) -> int:
     """How many tokens are the same before one differs: behind it a sequence is another one."""
     pairs = zip(tokens, expected, strict=True)
@@ -118,7 +107,7 @@ def main() -> None:
                     arguments.folder, device=place, dtype=dtype, precision=parse_precision(precision)
                 )
                 got = [
-                    all_logits(model, [*prompt, *new][:-1])
+                    all_logits(model, model.cache(1, len(prompt) + len(new)), [[*prompt, *new][:-1]])[0]
                     for prompt, new in zip(prompts, expected, strict=True)
                 ]
                 written[place.world] = generate(model, prompts, max_new_tokens=NEW_TOKENS, stop=())

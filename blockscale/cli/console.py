@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -101,6 +101,30 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
     columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), _Counts(), TimeRemainingColumn())
     with RichProgress(*columns, console=err) as bar:
         yield _Bar(bar)
+
+
+@contextmanager
+def counting(what: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A function to call with their number whenever one more is done; shows it on standard error."""
+    if quiet:
+        yield lambda total: None
+        return
+    if err.is_terminal:
+        columns = (BarColumn(), TextColumn("{task.completed}/{task.total} " + what), TimeRemainingColumn())
+        with RichProgress(*columns, console=err) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda total: bar.update(task, total=total, advance=1)
+        return
+    done, printed = 0, time.monotonic()
+
+    def count(total: int) -> None:
+        nonlocal done, printed
+        done += 1
+        if time.monotonic() - printed >= _PLAIN_INTERVAL:
+            printed = time.monotonic()
+            err.print(f"{done}/{total} {what}")
+
+    yield count
 
 
 class _Bar:

@@ -1,18 +1,9 @@
 """Perplexity of a causal language model on one long text, and the paired ratio of two models' perplexities.
 
-The token sequence is cut into windows of `context` tokens that start every `stride` tokens. The first token
-of a window has nothing before it and is not scored; where windows overlap (stride < context), a token is
-scored once, in the first window that holds it as a target. With S_w and T_w the summed negative
-log-likelihood (nats, natural log of a float32 softmax over the logits) and the number of scored tokens of
-window w:
+With nll the mean negative log-likelihood of a scored token (nats, natural log of a float32 softmax over the
+logits; windows and standard errors as in `windows.py`):
 
-    nll        = sum_w S_w / sum_w T_w
     perplexity = exp(nll)
-
-The standard error of `nll` treats windows as the independent draws, since tokens of one window are not (the
-linearized variance of a ratio of sums; Cochran, Sampling Techniques, chapter 6):
-
-    se(nll) = sqrt(n / (n - 1) * sum_w (S_w - nll * T_w)^2) / sum_w T_w
 
 Two models scored on the same windows are compared by the ratio of their perplexities, exp(nll_b - nll_a).
 Its standard error comes from the differences window by window, where the difficulty of the text cancels: it
@@ -21,14 +12,13 @@ is far smaller than the error of either perplexity.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 
 from blockscale.errors import BlockscaleError
+from blockscale.evaluate.windows import Window, batches, cut, mean_of
 
 
 @dataclass(frozen=True)
@@ -72,13 +62,6 @@ class PerplexityRatio:
     windows: int
 
 
-@dataclass(frozen=True)
-class _Window:
-    begin: int
-    end: int
-    scored: int  # how many targets at the window's end count
-
-
 def perplexity(
     model: torch.nn.Module,
     token_ids: Sequence[int] | torch.Tensor,
@@ -103,23 +86,22 @@ def perplexity(
         BlockscaleError: too few tokens, or a context, stride or batch size out of range.
     """
     tokens = torch.as_tensor(token_ids, dtype=torch.int64)
-    _check_arguments(tokens, context, stride, batch_size)
-    windows = list(_windows(len(tokens), context, stride))
+    windows = cut(tokens, context, stride)
     device = next(model.parameters()).device
     sums: list[float] = []
     was_training = model.training
     model.eval()
     try:
-        for batch in _batches(windows, batch_size):
+        for batch in batches(windows, batch_size):
             sums += _window_sums(model, tokens, batch, device)
     finally:
         model.train(was_training)
     counts = [window.scored for window in windows]
-    mean, error = _ratio_of_sums(sums, counts)
+    nll = mean_of(sums, counts)
     return PerplexityResult(
-        perplexity=math.exp(mean) if mean < 700 else math.inf,  # beyond that a float overflows
-        nll=mean,
-        standard_error=error,
+        perplexity=nll.exp().value,
+        nll=nll.value,
+        standard_error=nll.standard_error,
         tokens=sum(counts),
         context=context,
         stride=stride,
@@ -150,51 +132,13 @@ def paired_ratio(a: PerplexityResult, b: PerplexityResult) -> PerplexityRatio:
             remedy="measure both models on the same tokens with the same context and stride",
         )
     differences = [after - before for before, after in zip(a.window_nll, b.window_nll, strict=True)]
-    mean, error = _ratio_of_sums(differences, a.window_tokens)
-    ratio = math.exp(mean)
-    return PerplexityRatio(ratio, ratio * error, len(differences))
-
-
-def _check_arguments(tokens: torch.Tensor, context: int, stride: int, batch_size: int) -> None:
-    if tokens.ndim != 1 or len(tokens) < 2:
-        raise BlockscaleError(
-            "not enough text",
-            where="token_ids",
-            expected="(T,) with T >= 2",
-            got=f"shape {tuple(tokens.shape)}",
-        )
-    if context < 2:
-        raise BlockscaleError("window too short", where="context", expected="at least 2", got=context)
-    if not 1 <= stride <= context:
-        raise BlockscaleError("bad stride", where="stride", expected=f"1 to context ({context})", got=stride)
-    if batch_size < 1:
-        raise BlockscaleError("bad batch size", where="batch_size", expected="at least 1", got=batch_size)
-
-
-def _windows(length: int, context: int, stride: int) -> Iterator[_Window]:
-    """Windows that together score every token once, but for the first of each disjoint window."""
-    scored_end = 0
-    for begin in range(0, length, stride):
-        end = min(begin + context, length)
-        scored = end - max(begin + 1, scored_end)
-        if scored > 0:
-            yield _Window(begin, end, scored)
-        if end == length:
-            return
-        scored_end = end
-
-
-def _batches(windows: list[_Window], batch_size: int) -> Iterator[list[_Window]]:
-    """Neighbouring windows of one length; the last, shorter one goes alone, so nothing is ever padded."""
-    for _, group in groupby(windows, key=lambda window: window.end - window.begin):
-        equal = list(group)
-        for start in range(0, len(equal), batch_size):
-            yield equal[start : start + batch_size]
+    ratio = mean_of(differences, a.window_tokens).exp()
+    return PerplexityRatio(ratio.value, ratio.standard_error, len(differences))
 
 
 @torch.inference_mode()
 def _window_sums(
-    model: torch.nn.Module, tokens: torch.Tensor, batch: list[_Window], device: torch.device
+    model: torch.nn.Module, tokens: torch.Tensor, batch: list[Window], device: torch.device
 ) -> list[float]:
     input_ids = torch.stack([tokens[window.begin : window.end] for window in batch]).to(device)
     logits = model(input_ids=input_ids, use_cache=False).logits  # (B, T, V)
@@ -205,14 +149,3 @@ def _window_sums(
         losses = torch.nn.functional.cross_entropy(scored, input_ids[row, -window.scored :], reduction="none")
         sums.append(losses.double().sum().item())
     return sums
-
-
-def _ratio_of_sums(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
-    """Mean sum(sums) / sum(counts) and its standard error over windows."""
-    total = sum(counts)
-    mean = math.fsum(sums) / total
-    n = len(sums)
-    if n < 2:
-        return mean, math.nan
-    spread = math.fsum((value - mean * count) ** 2 for value, count in zip(sums, counts, strict=True))
-    return mean, math.sqrt(n / (n - 1) * spread) / total

@@ -23,6 +23,12 @@ def prefill(model: Transformer, cache: KVCache, prompts: Sequence[Sequence[int]]
     return model.logits(torch.stack(last))
 
 
+def all_logits(model: Transformer, cache: KVCache, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Put sequences into rows 0, 1, ... of an empty cache; float32 logits (T, vocab_size) of every token."""
+    hidden = [model(piece(sequences, spans, model.device), cache) for spans in pieces(sequences)]
+    return [model.logits(each) for each in torch.cat(hidden).split([len(each) for each in sequences])]
+
+
 def pieces(prompts: Sequence[Sequence[int]]) -> Iterator[Piece]:
     """All tokens of prompts in order, cut into pieces for one call each."""
     spans: Piece = []

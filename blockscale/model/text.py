@@ -39,7 +39,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with what the tokenizer puts before it."""
-        return list(self._tokenizer(text)["input_ids"])
+        # Quiet: that a text is longer than the context is the caller's to judge.
+        return list(self._tokenizer(text, verbose=False)["input_ids"])
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that the assistant is to continue; of plain text without a template."""

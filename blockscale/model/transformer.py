@@ -21,6 +21,7 @@ class Transformer:
         config: the architecture.
         dtype: of activations.
         device: of everything.
+        layers: in order.
         mtp: the layer that drafts tokens for `generate`, or None.
     """
 
@@ -37,7 +38,7 @@ class Transformer:
         table = rotary_table(config, weights.device)
         self.mtp = MTP(config, body.at(f"layers.{config.num_hidden_layers}"), table) if mtp else None
         self._embedding = body.tensor("embed_tokens.weight", self._vocabulary, config.hidden_size)
-        self._layers = [
+        self.layers = [
             Layer(config, body.at(f"layers.{layer}"), table, layer)
             for layer in range(config.num_hidden_layers)
         ]
@@ -49,7 +50,7 @@ class Transformer:
     def waits(self) -> bool:
         """Whether the host waits for the device in a call, which no CUDA graph can hold."""
         drafting = self.mtp is not None and self.mtp.waits
-        return drafting or any(layer.waits for layer in self._layers)
+        return drafting or any(layer.waits for layer in self.layers)
 
     def cache(self, rows: int, positions: int, *, fp8: bool = False) -> KVCache:
         """An empty cache for `rows` sequences of up to `positions` tokens each; fp8: of latents in E4M3."""
@@ -60,7 +61,7 @@ class Transformer:
     def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Hidden states (T, hidden) of the new tokens before the last norm, as `logits` takes them."""
         x, residual = self.embed(batch.tokens), None
-        for layer in self._layers:
+        for layer in self.layers:
             x, residual = layer(x, residual, batch, cache)
         assert residual is not None
         return x + residual

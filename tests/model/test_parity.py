@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from blockscale.model.attention import Batch
 from blockscale.model.decode import decode
 from blockscale.model.generate import generate
 from blockscale.model.load import load_model
-from blockscale.model.prefill import prefill
-from blockscale.reference.attention import Spans
+from blockscale.model.prefill import all_logits, prefill
 from tests import data
 from tests.model import models
 
@@ -39,14 +37,8 @@ def tokens(count, seed=0, vocabulary=320):
     return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def all_logits(model, sequence):
-    """Logits after every token of a sequence read at once."""
-    cache = model.cache(1, len(sequence))
-    ids = torch.tensor(sequence)
-    batch = Batch(
-        ids, torch.arange(len(ids)), torch.zeros_like(ids), Spans(((0, 0, len(ids)),), ids.device), len(ids)
-    )
-    return model.logits(model(batch, cache))
+def logits_of(model, sequence):
+    return all_logits(model, model.cache(1, len(sequence)), [sequence])[0]
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
@@ -56,7 +48,7 @@ def test_logits_are_those_of_transformers(tmp_path, branch):
     sequence = tokens(90)
     expected = models.logits(theirs, sequence)
     assert expected.abs().max() > 0.5, "nothing to compare"
-    torch.testing.assert_close(all_logits(load(tmp_path), sequence), expected, rtol=0, atol=LIMIT)
+    torch.testing.assert_close(logits_of(load(tmp_path), sequence), expected, rtol=0, atol=LIMIT)
 
 
 @pytest.fixture(scope="module")
@@ -114,4 +106,4 @@ def test_a_trained_model_writes_what_transformers_writes():
         expected = models.logits(theirs, prompt + new)
         # Token by token what transformers finds likeliest after the same text: what it would have written.
         assert new == expected.argmax(-1)[len(prompt) - 1 : -1].tolist()
-        torch.testing.assert_close(all_logits(ours, prompt + new), expected, rtol=0, atol=LIMIT)
+        torch.testing.assert_close(logits_of(ours, prompt + new), expected, rtol=0, atol=LIMIT)

@@ -1,0 +1,135 @@
+"""An evaluation from names to figures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from blockscale.checkpoint.source import open_source
+from blockscale.errors import BlockscaleError
+from blockscale.evaluate.compare import Scores, WindowScore, score_windows, summarize
+from blockscale.evaluate.session import Partial
+from blockscale.evaluate.subjects import Loading, is_quantized, open_subject
+from blockscale.evaluate.text import read_text, token_ids
+from blockscale.evaluate.windows import cut, spread
+from blockscale.model.text import Tokenizer
+from blockscale.version import __version__
+
+
+@dataclass(frozen=True)
+class Text:
+    """What models read.
+
+    Attributes:
+        data: a file, or "wikitext2".
+        tokens: only the first so many; None for all.
+        context: tokens of a window.
+        stride: between the starts of two windows.
+        limit: most windows, spread evenly over the text; None for all.
+    """
+
+    data: str
+    tokens: int | None = None
+    context: int = 1024
+    stride: int = 1024
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and of what.
+
+    Attributes:
+        model, reference: as they were named.
+        text: what they read.
+        loading: how the model was loaded; the reference with the same dtype and device.
+        scores: the figures.
+        version: of blockscale.
+    """
+
+    model: str
+    reference: str | None
+    text: Text
+    loading: dict[str, Any]
+    scores: Scores
+    version: str = __version__
+
+
+def evaluate(
+    model: str,
+    text: Text,
+    *,
+    reference: str | None = None,
+    loading: Loading | None = None,
+    quantized_reference: bool = False,
+    batch_size: int = 1,
+    out: Path | None = None,
+    on_window: Callable[[WindowScore, int], None] | None = None,
+) -> Evaluation:
+    """Perplexity of a model on a text, and how far it is from a reference on the same tokens.
+
+    Args:
+        model: checkpoint folder, Hub repository or fsspec URL.
+        text: what it reads.
+        reference: another one, usually the checkpoint that the model was made from.
+        loading: how the model is loaded.
+        quantized_reference: the reference may be quantized itself.
+        batch_size: windows at a time.
+        out: where the result goes as JSON; an interrupted evaluation goes on from what is beside it.
+        on_window: is told every score, and how many windows there are.
+
+    Raises:
+        BlockscaleError: a model, text or option that cannot be used; models or tokenizers that do not fit
+            together; logits with NaN or Inf.
+    """
+    loading = loading or Loading()
+    if reference is not None and not quantized_reference and is_quantized(open_source(reference)):
+        raise BlockscaleError(
+            "the reference is quantized itself",
+            where=reference,
+            remedy="name the checkpoint it was made from, or allow it with --quantized-reference",
+        )
+    tokenizer = Tokenizer(model, loading.revision)
+    other = None if reference is None else Tokenizer(reference)
+    tokens = token_ids(read_text(text.data), tokenizer, other, text.tokens)
+    windows = spread(cut(tokens, text.context, text.stride), text.limit)
+    settings = {**asdict(loading), "dtype": str(loading.dtype), "precision": list(loading.precision.entries)}
+    request = {
+        "model": _fingerprint(model, loading.revision),
+        "reference": None if reference is None else _fingerprint(reference, None),
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "context": text.context,
+        "stride": text.stride,
+        "limit": text.limit,
+        "loading": settings,
+        "version": __version__,
+    }
+    partial = None if out is None else Partial(out, request)
+    known = () if partial is None else partial.scores
+    scores: Iterator[WindowScore] = iter(known)
+    if len(known) < len(windows):
+        subject = open_subject(model, loading)
+        plain = Loading(loading.runtime, loading.device, loading.dtype)
+        against = None if reference is None else open_subject(reference, plain)
+        new = score_windows(subject, against, tokens, windows[len(known) :], batch_size)
+        scores = chain(known, new if partial is None else partial.extend(new))
+    done = []
+    for score in scores:
+        done.append(score)
+        if on_window is not None:
+            on_window(score, len(windows))
+    result = Evaluation(model, reference, text, settings, summarize(done))
+    if partial is not None:
+        partial.finish(asdict(result))
+    return result
+
+
+def _fingerprint(spec: str, revision: str | None) -> dict[str, Any]:
+    """What changes when a checkpoint does."""
+    source = open_source(spec, revision)
+    names = [name for name in source.files() if name.endswith((".safetensors", ".json"))]
+    return {"root": source.root, "files": {name: source.fingerprint(name) for name in names}}

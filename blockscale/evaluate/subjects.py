@@ -1,0 +1,188 @@
+"""Models that are evaluated, behind one face: token ids to logits.
+
+DeepSeek-V2 and V3 run on `blockscale.model`, everything else on transformers, with blockscale's own linear
+layers where weights are FP8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from blockscale.checkpoint.model_config import CONFIG_NAME, parse_config
+from blockscale.checkpoint.precision import AS_STORED, Precision
+from blockscale.checkpoint.source import Source, open_source
+from blockscale.errors import BlockscaleError
+from blockscale.formats import parse_quantization_config
+from blockscale.model.linear import Compute
+from blockscale.model.load import load_model
+from blockscale.model.prefill import all_logits
+from blockscale.model.transformer import Transformer
+
+Runtime = Literal["auto", "blockscale", "transformers"]
+_OURS = ("deepseek_v2", "deepseek_v3")
+
+
+class Subject(Protocol):
+    """A causal language model.
+
+    Attributes:
+        name: what the user calls it.
+        device: where its logits are.
+    """
+
+    name: str
+    device: torch.device
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 (B, T), on any device, -> (B, T, V), after every token."""
+
+    def first_nonfinite(self, ids: torch.Tensor) -> str | None:
+        """The first part of the model that makes NaN or Inf of int64 (B, T); None if there is none."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded.
+
+    Attributes:
+        runtime: "auto" takes `blockscale.model` for the architectures it knows.
+        device: "cpu", "cuda" or "auto".
+        dtype: of activations and of weights that are not FP8; default bfloat16 on GPUs, else float32.
+        compute: "fp8" multiplies FP8 weights with quantized activations, "high" with activations as they are.
+        precision: what linear layers are quantized or dequantized to as they are read.
+        revision: of a Hub repository.
+    """
+
+    runtime: Runtime = "auto"
+    device: str = "auto"
+    dtype: torch.dtype | None = None
+    compute: Compute = "fp8"
+    precision: Precision = AS_STORED
+    revision: str | None = None
+
+
+def read_config(source: Source) -> dict[str, Any]:
+    """The checkpoint's config.json.
+
+    Raises:
+        BlockscaleError: there is none, or it is damaged.
+    """
+    if not source.exists(CONFIG_NAME):
+        raise BlockscaleError("no config", where=source.spec, expected=CONFIG_NAME)
+    return parse_config(source.read(CONFIG_NAME), source.path(CONFIG_NAME))
+
+
+def open_subject(spec: str, loading: Loading) -> Subject:
+    """Load a checkpoint folder, Hub repository or URL.
+
+    Raises:
+        BlockscaleError: no such model, or one that the runtime that was asked for does not know.
+    """
+    source = open_source(spec, loading.revision)
+    family = read_config(source).get("model_type")
+    if loading.runtime == "blockscale" and family not in _OURS:
+        raise BlockscaleError(
+            "not an architecture of this runtime",
+            where=f"{spec}: {CONFIG_NAME}: model_type",
+            expected=" | ".join(_OURS),
+            got=family,
+            remedy="--runtime transformers",
+        )
+    if family in _OURS and loading.runtime != "transformers":
+        on_gpu = loading.device != "cpu" and torch.cuda.is_available()
+        dtype = loading.dtype or (torch.bfloat16 if on_gpu else torch.float32)
+        model = load_model(
+            source, device=loading.device, dtype=dtype, compute=loading.compute, precision=loading.precision
+        )
+        return RuntimeSubject(spec, model)
+    raise BlockscaleError("transformers models are not evaluated yet", where=spec)
+
+
+class RuntimeSubject:
+    """A model of `blockscale.model`."""
+
+    def __init__(self, name: str, model: Transformer) -> None:
+        self.name, self.device = name, model.device
+        self._model = model
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Subject`."""
+        sequences = ids.tolist()
+        cache = self._model.cache(len(sequences), ids.shape[1])
+        return torch.stack(all_logits(self._model, cache, sequences))
+
+    def first_nonfinite(self, ids: torch.Tensor) -> str | None:
+        """See `Subject`."""
+        found: list[str] = []
+        layers = self._model.layers
+
+        def watched(number: int, layer: Any) -> Any:
+            def run(*arguments: Any) -> Any:
+                result = layer(*arguments)
+                if not found and not all(bool(each.isfinite().all()) for each in result):
+                    found.append(f"model.layers.{number}")
+                return result
+
+            return run
+
+        self._model.layers = [watched(number, layer) for number, layer in enumerate(layers)]
+        try:
+            self.logits(ids)
+        finally:
+            self._model.layers = layers
+        return found[0] if found else None
+
+
+class TransformersSubject:
+    """A causal language model of transformers, or a module that is called like one."""
+
+    def __init__(self, name: str, model: torch.nn.Module) -> None:
+        self.name, self.device = name, next(model.parameters()).device
+        self._model = model.eval()
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Subject`."""
+        logits: torch.Tensor = self._model(input_ids=ids.to(self.device), use_cache=False).logits
+        return logits
+
+    def first_nonfinite(self, ids: torch.Tensor) -> str | None:
+        """See `Subject`."""
+        found: list[str] = []
+        with _watched(self._model, found):
+            self.logits(ids)
+        return found[0] if found else None
+
+
+@contextmanager
+def _watched(model: torch.nn.Module, found: list[str]) -> Iterator[None]:
+    """Note the name of every module without children whose output is not finite."""
+
+    def note(name: str) -> Any:
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            if (
+                isinstance(output, torch.Tensor)
+                and output.is_floating_point()
+                and not output.isfinite().all()
+            ):
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, each) for name, each in model.named_modules() if not list(each.children())]
+    hooks = [module.register_forward_hook(note(name)) for name, module in leaves]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def is_quantized(source: Source) -> bool:
+    """Whether a checkpoint's config says that its weights are quantized."""
+    return parse_quantization_config(read_config(source)) is not None
