@@ -13,8 +13,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from blockscale.checkpoint.lanes import usable_device
 from blockscale.checkpoint.model_config import CONFIG_NAME, parse_config
 from blockscale.checkpoint.precision import AS_STORED, Precision
+from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import BlockscaleError
 from blockscale.formats import parse_quantization_config
@@ -93,14 +95,39 @@ def open_subject(spec: str, loading: Loading) -> Subject:
             got=family,
             remedy="--runtime transformers",
         )
+    device = torch.device(usable_device(loading.device))
+    dtype = loading.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if family in _OURS and loading.runtime != "transformers":
-        on_gpu = loading.device != "cpu" and torch.cuda.is_available()
-        dtype = loading.dtype or (torch.bfloat16 if on_gpu else torch.float32)
         model = load_model(
-            source, device=loading.device, dtype=dtype, compute=loading.compute, precision=loading.precision
+            source, device=device.type, dtype=dtype, compute=loading.compute, precision=loading.precision
         )
         return RuntimeSubject(spec, model)
-    raise BlockscaleError("transformers models are not evaluated yet", where=spec)
+    return TransformersSubject(spec, _of_transformers(source, loading, dtype).to(device))
+
+
+def _of_transformers(source: Source, loading: Loading, dtype: torch.dtype) -> torch.nn.Module:
+    """A model of transformers, with linear layers of this package where weights are or become FP8."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from blockscale.huggingface import BlockscaleConfig
+    from blockscale.huggingface import load_model as load_quantized
+
+    logging.disable_progress_bar()
+    place, _, revision = source.spec.partition("@")
+    options: dict[str, Any] = {"dtype": dtype}
+    if source.is_local:
+        place = source.root
+    elif revision or loading.revision:
+        options["revision"] = revision or loading.revision
+    recipe = Recipe(precision=loading.precision) if loading.precision.entries else None
+    loaded: torch.nn.Module
+    if recipe is None and not is_quantized(source):
+        loaded = AutoModelForCausalLM.from_pretrained(place, **options)
+    else:
+        compute: Literal["auto", "high"] = "auto" if loading.compute == "fp8" else "high"
+        loaded = load_quantized(place, BlockscaleConfig(compute, recipe or False), **options)
+    return loaded
 
 
 class RuntimeSubject:
