@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -102,11 +102,11 @@ def open_subject(spec: str, loading: Loading) -> Subject:
             source, device=device.type, dtype=dtype, compute=loading.compute, precision=loading.precision
         )
         return RuntimeSubject(spec, model)
-    return TransformersSubject(spec, _of_transformers(source, loading, dtype).to(device))
+    return TransformersSubject(spec, load_transformers(source, replace(loading, dtype=dtype)).to(device))
 
 
-def _of_transformers(source: Source, loading: Loading, dtype: torch.dtype) -> torch.nn.Module:
-    """A model of transformers, with linear layers of this package where weights are or become FP8."""
+def load_transformers(source: Source, loading: Loading) -> torch.nn.Module:
+    """A model of transformers on the CPU, with this package's layers where weights are or become FP8."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -115,7 +115,7 @@ def _of_transformers(source: Source, loading: Loading, dtype: torch.dtype) -> to
 
     logging.disable_progress_bar()
     place, _, revision = source.spec.partition("@")
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": loading.dtype}
     if source.is_local:
         place = source.root
     elif revision or loading.revision:
@@ -127,7 +127,7 @@ def _of_transformers(source: Source, loading: Loading, dtype: torch.dtype) -> to
     else:
         compute: Literal["auto", "high"] = "auto" if loading.compute == "fp8" else "high"
         loaded = load_quantized(place, BlockscaleConfig(compute, recipe or False), **options)
-    return loaded
+    return loaded.eval()
 
 
 class RuntimeSubject:
