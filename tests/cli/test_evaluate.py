@@ -1,0 +1,78 @@
+"""`blockscale evaluate` and `blockscale diagnose` on small checkpoints."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from blockscale.checkpoint.convert import quantize_checkpoint
+from tests.evaluate.test_run import WORDS, save_tokenizer
+from tests.model import models
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli_evaluate")
+    models.make(folder / "plain", initializer_range=0.05)
+    save_tokenizer(folder / "plain")
+    quantize_checkpoint(folder / "plain", folder / "fp8")
+    (folder / "text.txt").write_text(WORDS)
+    return folder
+
+
+def test_evaluate_prints_figures_with_intervals(blockscale, folder):
+    options = ("--data", folder / "text.txt", "--context", 64, "--limit", 4, "--device", "cpu")
+    code, out, _ = blockscale("evaluate", folder / "fp8", "--against", folder / "plain", *options)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == f"252 tokens of {folder / 'text.txt'} in 4 windows of 64, a new one every 64"
+    names = ["perplexity", "", "ratio", "KL divergence", "same likeliest"]
+    assert [line[:20].strip() for line in lines[1:6]] == names
+    assert all(" [" in line for line in lines[1:6])
+
+
+def test_evaluate_as_json_and_to_a_file(blockscale, folder, tmp_path):
+    options = ("--data", folder / "text.txt", "--context", 64, "--device", "cpu", "--tokens", 130)
+    code, out, err = blockscale(
+        "evaluate", folder / "plain", *options, "--json", "--out", tmp_path / "r.json"
+    )
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert result == json.loads((tmp_path / "r.json").read_text())
+    assert (result["scores"]["windows"], result["scores"]["against"]) == (3, None)
+
+
+def test_evaluate_says_in_a_line_what_cannot_be(blockscale, folder):
+    code, out, err = blockscale("evaluate", folder / "plain", "--data", folder / "none.txt")
+    assert (code, out) == (2, "")
+    assert "cannot be read as text" in err
+    assert err.count("\n") == 1
+
+
+def test_diagnose_ranks_tensors_and_writes_a_recipe(blockscale, folder, tmp_path):
+    recipe = tmp_path / "recipe.json"
+    options = ("--prompts", folder / "text.txt", "--tokens", 64, "--context", 32, "--recipe", recipe)
+    code, out, _ = blockscale("diagnose", folder / "fp8", "--against", folder / "plain", *options)
+    assert code == 0
+    titles, *lines = out.splitlines()
+    assert titles.split("  ")[0].strip() == "KL nats"
+    costs = [float(line.split()[0]) for line in lines if not line.startswith("a recipe")]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > 0
+    assert json.loads(recipe.read_text())["exclude"]
+
+
+def test_diagnose_names_a_fault_and_exits_with_1(blockscale, folder, tmp_path):
+    quantize_checkpoint(folder / "plain", tmp_path / "fp8")
+    (file,) = (tmp_path / "fp8").glob("*.safetensors")
+    tensors = load_file(file)
+    scale = tensors[f"{DOWN}_scale_inv"]
+    tensors[f"{DOWN}_scale_inv"] = torch.exp2(scale.log2().ceil())
+    save_file(tensors, file)
+    code, out, _ = blockscale("diagnose", tmp_path / "fp8", "--against", folder / "plain")
+    assert code == 1
+    assert out.splitlines()[1].endswith(DOWN)
+    assert f"fault: {DOWN}: scale" in out
