@@ -62,6 +62,7 @@ def command(
     quantized_reference: Annotated[
         bool, typer.Option("--quantized-reference", help="The reference may be quantized itself.")
     ] = False,
+    debug_gemm: options.DebugGemm = False,
     device: options.Device = options.DeviceChoice.auto,
     revision: options.Revision = None,
     out: Annotated[
@@ -83,6 +84,7 @@ def command(
         activations.value,
         parse_precision(precision or ()),
         revision,
+        batch_size,
     )
     with console.counting("windows", quiet=json) as count:
         result = evaluate(
@@ -91,7 +93,7 @@ def command(
             reference=against,
             loading=loading,
             quantized_reference=quantized_reference,
-            batch_size=batch_size,
+            debug_gemm=debug_gemm,
             out=out,
             on_window=lambda _, windows: count(windows),
         )
@@ -114,6 +116,10 @@ def _print(result: Evaluation) -> None:
         console.out.print(f"KL divergence       {_interval(against.kl, 5)}  nats a token")
         console.out.print(f"same likeliest      {_interval(against.top1, 4)}  share of tokens")
     console.out.print("In brackets: 95 % confidence intervals.")
+    if result.gemms:
+        from blockscale.ops.gemm_audit_records import table
+
+        console.out.print(table(result.gemms))
 
 
 def _interval(figure: Estimate, digits: int = 3) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -74,6 +75,7 @@ def command(
             "--mtp", help="Draft tokens with the multi-token prediction layer: same text, fewer steps."
         ),
     ] = False,
+    debug_gemm: options.DebugGemm = False,
     on_missing_scale: options.OnMissingScale = options.KeepChoice.error,
     device: options.Device = options.DeviceChoice.auto,
     revision: options.Revision = None,
@@ -85,8 +87,10 @@ def command(
     if interactive == (input_file is not None):
         raise BlockscaleError("give --interactive or --input-file, one of them", where="blockscale generate")
 
+    from blockscale import ops
     from blockscale.checkpoint.precision import parse_precision
     from blockscale.checkpoint.source import open_source
+    from blockscale.model.gemm_names import gemm_names
     from blockscale.model.generate import Sampling
     from blockscale.model.launch import open_ranks
     from blockscale.model.load import load_model
@@ -116,10 +120,13 @@ def command(
             console.err.print(f"loaded in {taken} on {model.device}{many if ranks.world > 1 else ''}")
         limits = _Limits(max_new_tokens, tuple(stop or ()), kv_cache is CacheChoice.fp8)
         assistant = _Assistant(model, tokenizer, sampling, limits, ranks)
-        if interactive:
-            _chat(assistant)
-        else:
-            _answer(assistant, prompts)
+        with ops.audit_gemms(names=gemm_names(model)) if debug_gemm else nullcontext() as audit:
+            if interactive:
+                _chat(assistant)
+            else:
+                _answer(assistant, prompts)
+        if audit is not None and first:
+            console.err.print(audit.summary())
 
 
 @dataclass(frozen=True)

@@ -87,4 +87,10 @@ OnNonfinite = Annotated[
 OnMissingScale = Annotated[
     KeepChoice, typer.Option(help="FP8 weights without scale: refuse, or keep as they are.")
 ]
+DebugGemm = Annotated[
+    bool,
+    typer.Option(
+        "--debug-gemm", help="Check every FP8 GEMM against float32, and say where precision is lost; slow."
+    ),
+]
 Dtype = Annotated[DtypeChoice, typer.Option(help="Dtype of the result's weights.")]

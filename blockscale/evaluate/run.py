@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from blockscale import ops
 from blockscale.checkpoint.source import open_source
 from blockscale.errors import BlockscaleError
 from blockscale.evaluate.compare import Scores, WindowScore, score_windows, summarize
@@ -17,6 +21,7 @@ from blockscale.evaluate.subjects import Loading, is_quantized, open_subject
 from blockscale.evaluate.text import read_text, token_ids
 from blockscale.evaluate.windows import cut, spread
 from blockscale.model.text import Tokenizer
+from blockscale.ops import GemmRecord
 from blockscale.version import __version__
 
 
@@ -48,6 +53,7 @@ class Evaluation:
         text: what they read.
         loading: how the model was loaded; the reference with the same dtype and device.
         scores: the figures.
+        gemms: what an audit of the model's FP8 GEMMs saw, if there was to be one.
         version: of blockscale.
     """
 
@@ -56,6 +62,7 @@ class Evaluation:
     text: Text
     loading: dict[str, Any]
     scores: Scores
+    gemms: tuple[GemmRecord, ...] = ()
     version: str = __version__
 
 
@@ -66,7 +73,7 @@ def evaluate(
     reference: str | None = None,
     loading: Loading | None = None,
     quantized_reference: bool = False,
-    batch_size: int = 1,
+    debug_gemm: bool = False,
     out: Path | None = None,
     on_window: Callable[[WindowScore, int], None] | None = None,
 ) -> Evaluation:
@@ -78,7 +85,7 @@ def evaluate(
         reference: another one, usually the checkpoint that the model was made from.
         loading: how the model is loaded.
         quantized_reference: the reference may be quantized itself.
-        batch_size: windows at a time.
+        debug_gemm: audit the model's FP8 GEMMs (`ops.audit_gemms`); several times slower.
         out: where the result goes as JSON; an interrupted evaluation goes on from what is beside it.
         on_window: is told every score, and how many windows there are.
 
@@ -111,18 +118,22 @@ def evaluate(
     partial = None if out is None else Partial(out, request)
     known = () if partial is None else partial.scores
     scores: Iterator[WindowScore] = iter(known)
+    names: dict[torch.Tensor, str] = {}
     if len(known) < len(windows):
         subject = open_subject(model, loading)
+        names = subject.gemm_names()
         plain = Loading(loading.runtime, loading.device, loading.dtype)
         against = None if reference is None else open_subject(reference, plain)
-        new = score_windows(subject, against, tokens, windows[len(known) :], batch_size)
+        new = score_windows(subject, against, tokens, windows[len(known) :], loading.batch_size)
         scores = chain(known, new if partial is None else partial.extend(new))
     done = []
-    for score in scores:
-        done.append(score)
-        if on_window is not None:
-            on_window(score, len(windows))
-    result = Evaluation(model, reference, text, settings, summarize(done))
+    with ops.audit_gemms(names=names) if debug_gemm else nullcontext() as audit:
+        for score in scores:
+            done.append(score)
+            if on_window is not None:
+                on_window(score, len(windows))
+    gemms = () if audit is None else audit.records
+    result = Evaluation(model, reference, text, settings, summarize(done), gemms)
     if partial is not None:
         partial.finish(asdict(result))
     return result

@@ -20,6 +20,7 @@ from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import BlockscaleError
 from blockscale.formats import parse_quantization_config
+from blockscale.model.gemm_names import gemm_names
 from blockscale.model.linear import Compute
 from blockscale.model.load import load_model
 from blockscale.model.prefill import all_logits
@@ -46,10 +47,13 @@ class Subject(Protocol):
     def first_nonfinite(self, ids: torch.Tensor) -> str | None:
         """The first part of the model that makes NaN or Inf of int64 (B, T); None if there is none."""
 
+    def gemm_names(self) -> dict[torch.Tensor, str]:
+        """Names of the weights that FP8 GEMMs multiply, for `ops.audit_gemms`."""
+
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded.
+    """How a model is loaded and run.
 
     Attributes:
         runtime: "auto" takes `blockscale.model` for the architectures it knows.
@@ -58,6 +62,7 @@ class Loading:
         compute: "fp8" multiplies FP8 weights with quantized activations, "high" with activations as they are.
         precision: what linear layers are quantized or dequantized to as they are read.
         revision: of a Hub repository.
+        batch_size: windows at a time.
     """
 
     runtime: Runtime = "auto"
@@ -66,6 +71,7 @@ class Loading:
     compute: Compute = "fp8"
     precision: Precision = AS_STORED
     revision: str | None = None
+    batch_size: int = 1
 
 
 def read_config(source: Source) -> dict[str, Any]:
@@ -164,6 +170,10 @@ class RuntimeSubject:
             self._model.layers = layers
         return found[0] if found else None
 
+    def gemm_names(self) -> dict[torch.Tensor, str]:
+        """See `Subject`."""
+        return gemm_names(self._model)
+
 
 class TransformersSubject:
     """A causal language model of transformers, or a module that is called like one."""
@@ -184,6 +194,10 @@ class TransformersSubject:
         with _watched(self._model, found):
             self.logits(ids)
         return found[0] if found else None
+
+    def gemm_names(self) -> dict[torch.Tensor, str]:
+        """See `Subject`."""
+        return {weight: name for name, weight in self._model.named_parameters()}
 
 
 @contextmanager

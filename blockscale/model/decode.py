@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from blockscale import ops
 from blockscale.model.attention import Batch, KVCache
 from blockscale.model.transformer import Transformer
 
@@ -60,8 +61,8 @@ def _one_token(model: Transformer, cache: KVCache, inputs: torch.Tensor, longest
 
 
 def fastest(model: Transformer, cache: KVCache, step: Step) -> Step:
-    """A step as graphs where the device has them and no layer makes the host wait."""
-    if model.device.type == "cuda" and not model.waits:
+    """A step as graphs where the device has them, no layer makes the host wait, and no audit watches."""
+    if model.device.type == "cuda" and not model.waits and not ops.is_auditing():
         return Graphs(cache, step)
     return eager(cache, step)
 

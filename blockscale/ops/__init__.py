@@ -7,6 +7,8 @@ from blockscale.ops.gemm import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
+from blockscale.ops.gemm_audit import GemmAudit, audit_gemms, is_auditing
+from blockscale.ops.gemm_audit_records import GemmLimits, GemmRecord
 from blockscale.ops.gemm_dispatch import GemmBackend
 from blockscale.ops.mla import mla_decode, mla_prefill, mla_prefill_quantize, mla_prologue
 from blockscale.ops.moe_permute import moe_permute, moe_permute_masked, moe_unpermute
@@ -18,12 +20,17 @@ from blockscale.ops.rms_norm_quantize import Normed, rms_norm, rms_norm_quantize
 from blockscale.ops.silu_mul_quantize import silu_mul, silu_mul_quantize
 
 __all__ = [
+    "GemmAudit",
     "GemmBackend",
+    "GemmLimits",
+    "GemmRecord",
     "Normed",
+    "audit_gemms",
     "dequantize_weight",
     "find_nonfinite",
     "flag_nonfinite",
     "fp8_gemm_nt",
+    "is_auditing",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
     "mla_decode",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from blockscale.ops import gemm_dispatch
+from blockscale.ops import gemm_audit, gemm_dispatch
 from blockscale.ops.gemm_dispatch import GemmBackend
 from blockscale.reference import gemm_checks
 
@@ -52,6 +52,8 @@ def fp8_gemm_nt(
         sizes = a.shape[0], b.shape[0], b.shape[1]
         run = gemm_dispatch.implementation("fp8_gemm_nt", a.device, sizes, backend)
         run(a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype, out=out)
+        if gemm_audit.current is not None:
+            gemm_audit.current.dense((a, a_scale, b, b_scale), out, bias)
     return out
 
 
@@ -94,6 +96,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
         sizes = a.shape[0], b.shape[1], b.shape[2]
         run = gemm_dispatch.implementation("m_grouped_fp8_gemm_nt_contiguous", a.device, sizes, backend)
         run(a, a_scale, b, b_scale, m_indices, out=out)
+        if gemm_audit.current is not None:
+            gemm_audit.current.contiguous((a, a_scale, b, b_scale), out, m_indices)
     return out
 
 
@@ -135,4 +139,6 @@ def m_grouped_fp8_gemm_nt_masked(
         sizes = expected_m, b.shape[1], b.shape[2]
         run = gemm_dispatch.implementation("m_grouped_fp8_gemm_nt_masked", a.device, sizes, backend)
         run(a, a_scale, b, b_scale, masked_m, expected_m, out=out)
+        if gemm_audit.current is not None:
+            gemm_audit.current.masked((a, a_scale, b, b_scale), out, masked_m)
     return out

@@ -7,11 +7,12 @@ from types import ModuleType
 import torch
 
 from blockscale.formats import ScaleFmt, activation_format
-from blockscale.ops import dispatch
+from blockscale.ops import dispatch, gemm_audit
 from blockscale.ops.quantize_activation import quantize_activation
 from blockscale.reference import attention
 from blockscale.reference.attention import CacheSlots, RotaryTable, Spans
 from blockscale.reference.fp8 import empty_scale
+from blockscale.reference.fused import rms_norm
 
 _HALF = (torch.bfloat16, torch.float16)
 _GROUP = 128  # values of a scale, of activations
@@ -63,6 +64,8 @@ def mla_prologue(
         quantized = codes, empty_scale((tokens, -(-width // _GROUP)), "column", query.device)
     if query.numel():
         kernels.mla_prologue(query, compressed, norm, eps, table, slots, quantized, scale_fmt)
+        if quantized is not None and gemm_audit.current is not None:
+            gemm_audit.current.remember(quantized[0], rms_norm(compressed[:, : norm.shape[0]], norm, eps))
     return quantized
 
 
@@ -140,6 +143,9 @@ def mla_prefill_quantize(
     scales = empty_scale((tokens, heads), "column", query.device)
     if codes.numel():
         kernels.mla_prefill(query, expanded, slots.keys, spans, scale, codes, scales, fmt.scale_fmt)
+        if gemm_audit.current is not None:
+            plain = mla_prefill(query, expanded, slots, spans, scale, backend=backend)
+            gemm_audit.current.remember(codes.flatten(1), plain.flatten(1))
     return codes.flatten(1), scales
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
-from blockscale.ops import dispatch
+from blockscale.ops import dispatch, gemm_audit
 from blockscale.reference import moe
 from blockscale.reference.fp8 import empty_scale
 from blockscale.reference.moe import ROW_ALIGNMENT, Permuted, PermutedMasked
+
+Moved = TypeVar("Moved", Permuted, PermutedMasked)
 
 
 def moe_permute(
@@ -41,7 +45,7 @@ def moe_permute(
     moe.check_permute(op, x, expert_ids, num_experts, scale)
     kernels = dispatch.triton_kernels(op, "permute", x.device, backend)
     if kernels is None:
-        return moe.moe_permute(x, expert_ids, num_experts, scale, alignment)
+        return _told(x, moe.moe_permute(x, expert_ids, num_experts, scale, alignment))
     m = moe.permuted_rows(expert_ids.numel(), num_experts, alignment)
     rows = torch.empty((m, x.shape[1]), dtype=x.dtype, device=x.device)
     row_scale = None if scale is None else empty_scale((m, scale.shape[1]), "column", x.device)
@@ -52,7 +56,7 @@ def moe_permute(
     if rows.numel():
         scales = None if scale is None or row_scale is None else (scale.detach(), row_scale)
         kernels.scatter(dispatch.as_rows(x), positions, rows, scales)
-    return Permuted(rows, row_scale, m_indices, positions)
+    return _told(x, Permuted(rows, row_scale, m_indices, positions))
 
 
 def moe_permute_masked(
@@ -84,7 +88,7 @@ def moe_permute_masked(
     moe.check_permute(op, x, expert_ids, num_experts, scale)
     kernels = dispatch.triton_kernels(op, "permute_masked", x.device, backend)
     if kernels is None or not expert_ids.numel():
-        return moe.moe_permute_masked(x, expert_ids, num_experts, scale)
+        return _told(x, moe.moe_permute_masked(x, expert_ids, num_experts, scale))
     room, device = moe.expert_room(x.shape[0]), x.device
     rows = torch.empty((num_experts, room, x.shape[1]), dtype=x.dtype, device=device)
     row_scale = None
@@ -96,7 +100,7 @@ def moe_permute_masked(
     scale = None if scale is None else scale.detach()
     outputs = rows, row_scale, counts, positions
     kernels.permute_masked(dispatch.as_rows(x), scale, expert_ids.contiguous(), outputs)
-    return PermutedMasked(rows, row_scale, counts, positions)
+    return _told(x, PermutedMasked(rows, row_scale, counts, positions))
 
 
 def moe_unpermute(
@@ -130,3 +134,10 @@ def moe_unpermute(
         weights = weights.detach().contiguous()
         kernels.combine(dispatch.as_rows(rows), positions.contiguous(), weights, out)
     return out
+
+
+def _told(x: torch.Tensor, moved: Moved) -> Moved:
+    """The same; an audit of GEMMs hears where the rows of codes went."""
+    if gemm_audit.current is not None:
+        gemm_audit.current.remember_moved(x, moved.rows, moved.positions)
+    return moved

@@ -9,7 +9,7 @@ import torch
 
 from blockscale import reference
 from blockscale.formats import BlockFP8, ScaleFmt, activation_format
-from blockscale.ops import dispatch
+from blockscale.ops import dispatch, gemm_audit
 from blockscale.reference import checks
 from blockscale.reference.fp8 import ACTIVATION_AMAX_FLOOR, ScaleLayout, empty_scale
 
@@ -59,6 +59,8 @@ def quantize_activation(
     if triton_kernels is not None and group_size <= triton_kernels.LARGEST_GROUP:
         q, s = codes.view(-1, k), rows_of_scale(scale)
         triton_kernels.quantize_activation(dispatch.as_rows(x), q, s, group_size, fmt.scale_fmt == "ue8m0")
+        if gemm_audit.current is not None:
+            gemm_audit.current.remember(codes, x)
         return codes, scale
     contiguous = scale if scale_layout == "row" else empty_scale(tuple(scale.shape), "row", x.device)
     shape, grid = (1, x.numel() // k, k), (1, x.numel() // k, groups)
@@ -76,6 +78,8 @@ def quantize_activation(
         dispatch.run_strips(work, grid[1], x.numel(), threads)
     if scale_layout == "column":
         scale.copy_(contiguous)
+    if gemm_audit.current is not None:
+        gemm_audit.current.remember(codes, x)
     return codes, scale
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from blockscale.formats import BlockFP8, ScaleFmt, activation_format
-from blockscale.ops import dispatch
+from blockscale.ops import dispatch, gemm_audit
 from blockscale.ops.quantize_activation import quantize_activation, rows_of_scale
 from blockscale.reference import fused
 from blockscale.reference.fp8 import ScaleLayout, empty_scale
@@ -132,4 +132,6 @@ def _run(
         flat = None if scale is None else rows_of_scale(scale)
         outputs = kernels.Outputs(codes, flat, y, added)
         kernels.rms_norm_quantize(x, residual, weight, eps, outputs, group_size, fmt)
+        if codes is not None and gemm_audit.current is not None:
+            gemm_audit.current.remember(codes, fused.rms_norm(x if added is None else added, weight, eps))
     return Normed(y, x if added is None else added, codes, scale)

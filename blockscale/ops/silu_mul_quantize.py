@@ -7,7 +7,7 @@ import math
 import torch
 
 from blockscale.formats import ScaleFmt, activation_format
-from blockscale.ops import dispatch
+from blockscale.ops import dispatch, gemm_audit
 from blockscale.ops.quantize_activation import quantize_activation, rows_of_scale
 from blockscale.reference import fused
 from blockscale.reference.fp8 import ScaleLayout, empty_scale
@@ -57,6 +57,8 @@ def silu_mul_quantize(
         q, s = codes.view(-1, shape[-1]), rows_of_scale(scale)
         chosen = None if rows is None else rows.contiguous()
         kernels.silu_mul_quantize(dispatch.as_rows(x), q, s, group_size, fmt.scale_fmt == "ue8m0", chosen)
+        if gemm_audit.current is not None:
+            gemm_audit.current.remember(codes, fused.silu_mul(x))
     return codes, scale
 
 

@@ -76,3 +76,27 @@ def test_diagnose_names_a_fault_and_exits_with_1(blockscale, folder, tmp_path):
     assert code == 1
     assert out.splitlines()[1].endswith(DOWN)
     assert f"fault: {DOWN}: scale" in out
+
+
+def test_debug_gemm_shows_where_precision_goes(blockscale, folder):
+    options = (
+        "--data",
+        folder / "text.txt",
+        "--context",
+        64,
+        "--limit",
+        1,
+        "--device",
+        "cpu",
+        "--debug-gemm",
+    )
+    code, out, _ = blockscale("evaluate", folder / "fp8", *options)
+    assert code == 0
+    for name in ("layers.0.attention.o", "layers.0.mlp.down", "layers.1.mlp.gate_up"):
+        (line,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
+        titles = next(line for line in out.splitlines() if line.startswith("site "))
+        # What quantized activations cost is known of every product, and arithmetic costs next to nothing.
+        place = titles.index("act diff")
+        assert 1e-5 < float(line[place : place + 8]) < 1e-2
+        place = titles.index("acc diff")
+        assert float(line[place : place + 8]) < 1e-9

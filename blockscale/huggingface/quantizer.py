@@ -1,0 +1,173 @@
+"""The quantization method "blockscale" of transformers: FP8 weights read as they are, or made while reading.
+
+The order in which `from_pretrained` calls it:
+1. before reading, with the model without storage: the headers of the files and the recipe say which
+   parameters become FP8, and their modules are replaced (`targets`, `modules`);
+2. the tables by which transformers merges experts get a copy for the scales (`HfQuantizer` does it by
+   `serialized_names`);
+3. while reading a checkpoint that is not quantized, `_Quantize` makes codes and scales of each parameter;
+4. after reading: values that no header shows are checked, and the config says what the model now is.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from blockscale import reference
+from blockscale.checkpoint.decide import FP8, Signature, decide_quantize
+from blockscale.checkpoint.model_config import without_quantization
+from blockscale.errors import BlockscaleError, NonFiniteError
+from blockscale.formats import SAFETENSORS_DTYPES, scale_name
+from blockscale.huggingface.config import METHOD, BlockscaleConfig, not_quantized
+from blockscale.huggingface.modules import FP8Layer, format_summary, fp8_layers, kept_layers
+from blockscale.huggingface.targets import (
+    Target,
+    check_stored,
+    find_targets,
+    read_signatures,
+    replace_layers,
+)
+
+_logger = logging.getLogger(__name__)
+
+
+class BlockscaleQuantizer(HfQuantizer):
+    """Runs a model of transformers on FP8 weights; see `BlockscaleConfig`.
+
+    Attributes:
+        failures: errors of weights that could not be quantized, in the order they were read.
+    """
+
+    requires_calibration = False
+    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight", scale_name("weight")]}
+    quantization_config: BlockscaleConfig
+
+    def __init__(self, quantization_config: BlockscaleConfig, **kwargs: Any) -> None:
+        # The skip list of this model is written to it; the user's own object may serve others.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.failures: list[BlockscaleError] = []
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse a checkpoint that is not quantized, and is not to be."""
+        if not self.pre_quantized and self.quantization_config.recipe is None:
+            raise not_quantized("from_pretrained")
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, dtype: Any = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        tensors = read_signatures(checkpoint_files)
+        chosen = self._chosen(tensors, model)
+        targets = find_targets(model, tensors, chosen)
+        if not targets:
+            raise BlockscaleError(
+                f"no linear layer of {type(model).__name__} would be FP8",
+                expected="FP8 weights that belong to this model",
+                got=f"{len(chosen)} of {len(tensors)} tensors, none of which it reads",
+            )
+        if self.pre_quantized:
+            check_stored(targets, tensors, config.fmt)
+        else:
+            _read_unrounded(model, targets, tensors, dtype)
+        replace_layers(model, targets, config.fmt, config.compute)
+
+    def _chosen(self, tensors: dict[str, Signature], model: Any) -> set[str]:
+        """Tensors of the checkpoint that are FP8, or that `blockscale quantize` would write so."""
+        recipe = self.quantization_config.recipe
+        if self.pre_quantized or recipe is None:
+            return {name for name, (dtype, _) in tensors.items() if dtype == FP8}
+        decisions = decide_quantize(tensors, without_quantization(model.config.to_dict()), recipe)
+        for warning in decisions.warnings:
+            _logger.warning("%s", warning)
+        return {name for name, each in decisions.by_name.items() if each.action == "quantize"}
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether codes are made of what is read for a parameter."""
+        path, _, leaf = param_name.rpartition(".")
+        module = model.get_submodule(path)
+        return not self.pre_quantized and isinstance(module, FP8Layer) and leaf in module.parts
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What makes codes and scales of one parameter."""
+        return _Quantize(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.failures:
+            raise self.failures[0]
+        for path, layer in fp8_layers(model):
+            layer.requires_grad_(False)
+            for name, scale in layer.scales():
+                _check_scale(f"{path}.{name}", scale, layer)
+        self.quantization_config.modules_to_not_convert = list(kept_layers(model))
+        _logger.info("%s", format_summary(model))
+
+    def is_serializable(self) -> bool:
+        """No: `blockscale quantize` writes checkpoints."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """No."""
+        return False
+
+
+register_quantization_config(METHOD)(BlockscaleConfig)
+register_quantizer(METHOD)(BlockscaleQuantizer)
+
+
+class _Quantize(ConversionOps):
+    """One parameter -> its codes and its scale, named as the layer that it is of has them."""
+
+    def __init__(self, quantizer: BlockscaleQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: nn.Module, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """See `ConversionOps`; `input_dict` has the one parameter by its full name."""
+        ((name, value),) = input_dict.items()
+        weight = value[0] if isinstance(value, list) else value
+        path, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(path)
+        assert isinstance(layer, FP8Layer)
+        try:
+            codes, scale = layer.quantized(leaf, weight)
+        except NonFiniteError as error:
+            # transformers makes a report of what is raised here: the error has to wait until all is read.
+            self.quantizer.failures.append(NonFiniteError(error.count, error.position, where=name))
+            codes = torch.zeros_like(weight, dtype=torch.float8_e4m3fn)
+            scale = torch.ones_like(getattr(layer, scale_name(leaf)), device=weight.device)
+        return {name: codes, scale_name(name): scale}
+
+
+def _read_unrounded(
+    model: Any, targets: Sequence[Target], tensors: Mapping[str, Signature], dtype: torch.dtype
+) -> None:
+    """Have weights of another dtype than the model's read in float32: they are quantized from what is stored.
+
+    The attribute is the model's list of patterns of what is never rounded; it ends with this model.
+    """
+    stored = {each.name: {SAFETENSORS_DTYPES[tensors[name][0]] for name in each.sources} for each in targets}
+    wider = {re.escape(name) for name, dtypes in stored.items() if dtypes != {dtype}}
+    model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | wider
+
+
+def _check_scale(name: str, scale: torch.Tensor, layer: FP8Layer) -> None:
+    if layer.fmt.scale_fmt == "ue8m0" and not bool(reference.is_power_of_two(scale).all()):
+        raise BlockscaleError(
+            "scale is no power of two",
+            where=name,
+            expected="powers of two, as scale_fmt ue8m0 of config.json says",
+            got=float(scale[~reference.is_power_of_two(scale)][0]),
+            remedy="leave scale_fmt out of config.json if its scales are plain float32",
+        )

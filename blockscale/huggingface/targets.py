@@ -1,0 +1,188 @@
+"""Which parameters of a model of transformers become FP8, and which tensors of a checkpoint they are made of.
+
+Names on disk are not those of the model: transformers renames tensors as it reads them, and merges those of
+single experts, (N, K) each, into (E, N, K), gate over up. The tables by which it does are asked here before
+anything is read, since scales and blocks have to follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from blockscale.checkpoint.decide import Signature, check_grid
+from blockscale.checkpoint.index import read_header
+from blockscale.errors import BlockscaleError, MissingScaleError
+from blockscale.formats import BlockFP8, scale_name
+from blockscale.huggingface.linear import Compute
+from blockscale.huggingface.modules import EXPERT_WEIGHTS, FP8Experts, FP8Layer, FP8Linear, is_experts
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter that becomes FP8.
+
+    Attributes:
+        name: full name in the model.
+        sources: tensors of the checkpoint that it is made of.
+        parts: how many matrices with blocks of their own lie in it one below the other.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    parts: int
+
+    @property
+    def path(self) -> str:
+        """The module."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        """The parameter in the module."""
+        return self.name.rpartition(".")[2]
+
+
+def read_signatures(files: Sequence[str] | None) -> dict[str, Signature]:
+    """Name -> (safetensors dtype, shape) of the tensors in local safetensors files.
+
+    Raises:
+        BlockscaleError: no files (a state dict was passed), another format, or a damaged header.
+    """
+    tensors: dict[str, Signature] = {}
+    for file in files or ("a state dict",):
+        if not file.endswith(".safetensors"):
+            raise BlockscaleError("cannot be quantized as it is read", expected="safetensors files", got=file)
+        with Path(file).open("rb") as stream:
+            header = read_header(partial(_read, stream), Path(file).stat().st_size, file)
+        tensors |= {entry.name: (entry.dtype, entry.shape) for entry in header.entries}
+    return tensors
+
+
+def find_targets(
+    model: nn.Module, tensors: Mapping[str, Signature], chosen: Collection[str]
+) -> tuple[Target, ...]:
+    """The parameters that `chosen` tensors of the checkpoint make up; those not in the model are left out.
+
+    Raises:
+        BlockscaleError: a parameter is made of chosen and other tensors, or so that blocks cannot follow.
+    """
+    mapping = get_model_conversion_mapping(model)
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
+    of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    parameters = dict(model.named_parameters())
+    sources: dict[str, list[str]] = {}
+    made_by: dict[str, Any] = {}
+    for name in sorted(tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = name, None  # what is named as in the model stays so
+        if target in parameters:
+            sources.setdefault(target, []).append(name)
+            made_by[target] = of_pattern[pattern] if pattern is not None else None
+    targets = []
+    for target, names in sources.items():
+        if any(name in chosen for name in names):
+            _check_alike(target, names, tensors, chosen)
+            targets.append(Target(target, tuple(names), _parts(target, names[0], made_by[target])))
+    return tuple(targets)
+
+
+def check_stored(targets: Sequence[Target], tensors: Mapping[str, Signature], fmt: BlockFP8) -> None:
+    """Refuse FP8 weights without a scale, or with one on another grid than that of the config.
+
+    Raises:
+        BlockscaleError: as said; MissingScaleError for the former.
+    """
+    names = [name for target in targets for name in target.sources]
+    missing = [name for name in names if scale_name(name) not in tensors]
+    if missing:
+        raise MissingScaleError(
+            f"{len(missing)} of {len(names)} FP8 weights have no scale",
+            expected=f"{scale_name(missing[0])} beside {missing[0]}",
+            remedy="fetch the missing shard",
+        )
+    for name in names:
+        scale = scale_name(name)
+        check_grid(name, tensors[name][1], scale, tensors[scale], fmt.block_size)
+
+
+def replace_layers(model: nn.Module, targets: Sequence[Target], fmt: BlockFP8, compute: Compute) -> None:
+    """Put a layer of `modules` in the place of every module that has a target.
+
+    Raises:
+        BlockscaleError: a target is no weight of a linear layer, nor of experts that `FP8Experts` computes.
+    """
+    parts: dict[str, dict[str, int]] = {}
+    for target in targets:
+        module = model.get_submodule(target.path)
+        linear = type(module) is nn.Linear and target.leaf == "weight"
+        if not linear and not (is_experts(module) and target.leaf in EXPERT_WEIGHTS):
+            raise BlockscaleError(
+                f"{type(module).__name__} cannot run on FP8 weights",
+                where=target.sources[0],
+                expected="torch.nn.Linear, or experts of gate_up_proj (E, 2I, K) and down_proj without bias",
+                remedy="leave it out of what is quantized, or dequantize the checkpoint",
+            )
+        parts.setdefault(target.path, {})[target.leaf] = target.parts
+    for path, each in parts.items():
+        module = model.get_submodule(path)
+        layer: FP8Layer
+        if isinstance(module, nn.Linear):
+            layer = FP8Linear(module, fmt, compute)
+        else:
+            layer = FP8Experts(module, fmt, compute, each)
+        model.set_submodule(path, layer)
+
+
+def _read(stream: Any, start: int, length: int) -> bytes:
+    stream.seek(start)
+    return stream.read(length)
+
+
+def _check_alike(
+    target: str, names: list[str], tensors: Mapping[str, Signature], chosen: Collection[str]
+) -> None:
+    odd = next((name for name in names if name not in chosen), None)
+    if odd is not None:
+        other = next(name for name in names if name in chosen)
+        raise BlockscaleError(
+            f"has another precision than {other}, and transformers makes one parameter of both",
+            where=odd,
+            expected=f"one precision for all of {target}",
+            got=tensors[odd][0],
+            remedy="include or exclude them together",
+        )
+
+
+def _parts(target: str, source: str, converter: WeightConverter | None) -> int:
+    if converter is None:
+        return 1
+    plain = all(
+        (isinstance(each, MergeModulelist) and each.dim == 0)
+        or (isinstance(each, Concatenate) and each.dim == 1)
+        for each in converter.operations
+    )
+    if not plain or not isinstance(converter.operations[0], MergeModulelist):
+        raise BlockscaleError(
+            f"transformers makes {target} of it in a way that blocks cannot follow",
+            where=source,
+            expected="a weight read as it is, or experts merged into one",
+            got=", ".join(map(repr, converter.operations)),
+            remedy="leave it out of what is quantized, or dequantize the checkpoint",
+        )
+    return len(converter.source_patterns)
