@@ -59,7 +59,7 @@ def round_decoder(
     Raises:
         BlockscaleError: no decoder layers, or what round_weight refuses.
     """
-    layers, prefix = _decoder_layers(model)
+    layers, prefix = decoder_layers(model)
     original, keywords = _first_inputs(model, layers, token_ids)
     quantized = original.clone()
     found: dict[str, Rounded] = {}
@@ -134,8 +134,12 @@ def _run(
     return result[0] if isinstance(result, tuple) else result
 
 
-def _decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
-    """The list of decoder layers and its name: the longest list of modules of one class."""
+def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
+    """The decoder layers of a transformers causal LM, and the name of their list.
+
+    Raises:
+        BlockscaleError: there is no list of modules named `layers`.
+    """
     lists = {
         name: module
         for name, module in model.named_modules()

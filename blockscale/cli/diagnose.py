@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +37,7 @@ def command(
     Exits with 1 if a tensor or the checkpoint has a fault.
     """
     from blockscale.evaluate.diagnose import diagnose_weights, measure_costs, rank
+    from blockscale.evaluate.session import to_json
     from blockscale.evaluate.text import read_text, token_ids
     from blockscale.model.text import Tokenizer
 
@@ -54,7 +54,7 @@ def command(
     if recipe is not None:
         recipe.write_text(jsonlib.dumps({"exclude": list(result.keep)}, indent=2) + "\n", encoding="utf-8")
     if json:
-        console.print_json(asdict(result))
+        print(to_json(result))
     else:
         _print(result, show)
     if any(tensor.at_fault for tensor in result.tensors) or any(

@@ -23,13 +23,6 @@ class RuntimeChoice(str, Enum):
     transformers = "transformers"
 
 
-class ActivationChoice(str, Enum):
-    """Values of --activations."""
-
-    fp8 = "fp8"
-    high = "high"
-
-
 def command(
     model: options.Src,
     against: Annotated[
@@ -50,10 +43,7 @@ def command(
     runtime: Annotated[
         RuntimeChoice, typer.Option(help="auto takes blockscale's own for DeepSeek-V2 and V3.")
     ] = RuntimeChoice.auto,
-    activations: Annotated[
-        ActivationChoice,
-        typer.Option(help="Of FP8 weights: fp8 quantizes what they are multiplied with, high does not."),
-    ] = ActivationChoice.fp8,
+    compute: options.Compute = options.ComputeChoice.fp8,
     precision: options.Precision = None,
     dtype: Annotated[
         options.DtypeChoice | None,
@@ -75,13 +65,14 @@ def command(
 
     from blockscale.checkpoint.precision import parse_precision
     from blockscale.evaluate.run import Text, evaluate
+    from blockscale.evaluate.session import to_json
     from blockscale.evaluate.subjects import Loading
 
     loading = Loading(
         runtime.value,
         device.value,
         None if dtype is None else getattr(torch, dtype.value),
-        activations.value,
+        options.COMPUTE[compute],
         parse_precision(precision or ()),
         revision,
         batch_size,
@@ -89,7 +80,7 @@ def command(
     with console.counting("windows", quiet=json) as count:
         result = evaluate(
             model,
-            Text(data, tokens, context, stride or context, limit),
+            Text(data, tokens, context, stride, limit),
             reference=against,
             loading=loading,
             quantized_reference=quantized_reference,
@@ -98,9 +89,11 @@ def command(
             on_window=lambda _, windows: count(windows),
         )
     if json:
-        console.print_json(result)
+        print(to_json(result))
         return
     _print(result)
+    if debug_gemm and not result.gemms:
+        console.warn(("no FP8 GEMM ran: nothing was there to check",))
 
 
 def _print(result: Evaluation) -> None:

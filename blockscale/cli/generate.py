@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,26 +25,11 @@ if TYPE_CHECKING:
 _BATCH = 32  # prompts of a file that run at once
 
 
-class ComputeChoice(str, Enum):
-    """How FP8 weights are multiplied."""
-
-    auto = "auto"
-    fp8 = "fp8"
-    bf16 = "bf16"
-
-
 class CacheChoice(str, Enum):
     """What attention keeps of every token."""
 
     bf16 = "bf16"
     fp8 = "fp8"
-
-
-_COMPUTE: dict[ComputeChoice, Literal["fp8", "high"] | None] = {
-    ComputeChoice.auto: None,
-    ComputeChoice.fp8: "fp8",
-    ComputeChoice.bf16: "high",
-}
 
 
 def command(
@@ -62,9 +47,7 @@ def command(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer (repeatable).")] = None,
-    compute: Annotated[
-        ComputeChoice, typer.Option(help="bf16 multiplies FP8 weights with unquantized activations.")
-    ] = ComputeChoice.auto,
+    compute: options.Compute = options.ComputeChoice.auto,
     kv_cache: Annotated[
         CacheChoice, typer.Option(help="fp8 keeps 1.8 times the context in the same memory.")
     ] = CacheChoice.bf16,
@@ -110,7 +93,7 @@ def command(
             source,
             config=config,
             device=ranks,
-            compute=_COMPUTE[compute],
+            compute=options.COMPUTE[compute],
             on_missing_scale=on_missing_scale.value,
             precision=asked,
             mtp=mtp,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -57,6 +57,21 @@ class DeviceChoice(str, Enum):
     cuda = "cuda"
 
 
+class ComputeChoice(str, Enum):
+    """Values of --compute."""
+
+    auto = "auto"
+    fp8 = "fp8"
+    bf16 = "bf16"
+
+
+COMPUTE: dict[ComputeChoice, Literal["fp8", "high"] | None] = {
+    ComputeChoice.auto: None,
+    ComputeChoice.fp8: "fp8",
+    ComputeChoice.bf16: "high",
+}
+
+
 class KeepChoice(str, Enum):
     """Values of --on-nonfinite, --on-missing-scale."""
 
@@ -86,6 +101,9 @@ OnNonfinite = Annotated[
 ]
 OnMissingScale = Annotated[
     KeepChoice, typer.Option(help="FP8 weights without scale: refuse, or keep as they are.")
+]
+Compute = Annotated[
+    ComputeChoice, typer.Option(help="bf16 multiplies FP8 weights with unquantized activations.")
 ]
 DebugGemm = Annotated[
     bool,

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 import torch
 
 from blockscale.errors import BlockscaleError
-from blockscale.evaluate.windows import Window, batches, cut, mean_of
+from blockscale.evaluate.compare import score_windows
+from blockscale.evaluate.subjects import TransformersSubject
+from blockscale.evaluate.windows import cut, mean_of
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,10 @@ def perplexity(
     """
     tokens = torch.as_tensor(token_ids, dtype=torch.int64)
     windows = cut(tokens, context, stride)
-    device = next(model.parameters()).device
-    sums: list[float] = []
     was_training = model.training
-    model.eval()
     try:
-        for batch in batches(windows, batch_size):
-            sums += _window_sums(model, tokens, batch, device)
+        subject = TransformersSubject(type(model).__name__, model)
+        sums = [score.nll for score in score_windows(subject, None, tokens, windows, batch_size)]
     finally:
         model.train(was_training)
     counts = [window.scored for window in windows]
@@ -134,18 +133,3 @@ def paired_ratio(a: PerplexityResult, b: PerplexityResult) -> PerplexityRatio:
     differences = [after - before for before, after in zip(a.window_nll, b.window_nll, strict=True)]
     ratio = mean_of(differences, a.window_tokens).exp()
     return PerplexityRatio(ratio.value, ratio.standard_error, len(differences))
-
-
-@torch.inference_mode()
-def _window_sums(
-    model: torch.nn.Module, tokens: torch.Tensor, batch: list[Window], device: torch.device
-) -> list[float]:
-    input_ids = torch.stack([tokens[window.begin : window.end] for window in batch]).to(device)
-    logits = model(input_ids=input_ids, use_cache=False).logits  # (B, T, V)
-    sums = []
-    for row, window in enumerate(batch):
-        # Row by row: a float32 copy of all the logits at once would be the largest buffer of the run.
-        scored = logits[row, -1 - window.scored : -1].float()  # (scored, V)
-        losses = torch.nn.functional.cross_entropy(scored, input_ids[row, -window.scored :], reduction="none")
-        sums.append(losses.double().sum().item())
-    return sums

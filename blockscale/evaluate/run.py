@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from blockscale import ops
+from blockscale.checkpoint.precision import AS_STORED
 from blockscale.checkpoint.source import open_source
 from blockscale.errors import BlockscaleError
 from blockscale.evaluate.compare import Scores, WindowScore, score_windows, summarize
-from blockscale.evaluate.session import Partial
+from blockscale.evaluate.session import Partial, to_json
 from blockscale.evaluate.subjects import Loading, is_quantized, open_subject
 from blockscale.evaluate.text import read_text, token_ids
 from blockscale.evaluate.windows import cut, spread
@@ -33,14 +34,14 @@ class Text:
         data: a file, or "wikitext2".
         tokens: only the first so many; None for all.
         context: tokens of a window.
-        stride: between the starts of two windows.
+        stride: between the starts of two windows; None for the context, so that windows do not overlap.
         limit: most windows, spread evenly over the text; None for all.
     """
 
     data: str
     tokens: int | None = None
     context: int = 1024
-    stride: int = 1024
+    stride: int | None = None
     limit: int | None = None
 
 
@@ -53,7 +54,8 @@ class Evaluation:
         text: what they read.
         loading: how the model was loaded; the reference with the same dtype and device.
         scores: the figures.
-        gemms: what an audit of the model's FP8 GEMMs saw, if there was to be one.
+        gemms: what an audit of the model's FP8 GEMMs saw, if there was to be one; without windows that an
+            interrupted evaluation had scored before.
         version: of blockscale.
     """
 
@@ -93,7 +95,7 @@ def evaluate(
         BlockscaleError: a model, text or option that cannot be used; models or tokenizers that do not fit
             together; logits with NaN or Inf.
     """
-    loading = loading or Loading()
+    loading = (loading or Loading()).resolved()
     if reference is not None and not quantized_reference and is_quantized(open_source(reference)):
         raise BlockscaleError(
             "the reference is quantized itself",
@@ -103,14 +105,15 @@ def evaluate(
     tokenizer = Tokenizer(model, loading.revision)
     other = None if reference is None else Tokenizer(reference)
     tokens = token_ids(read_text(text.data), tokenizer, other, text.tokens)
-    windows = spread(cut(tokens, text.context, text.stride), text.limit)
+    stride = text.context if text.stride is None else text.stride
+    windows = spread(cut(tokens, text.context, stride), text.limit)
     settings = {**asdict(loading), "dtype": str(loading.dtype), "precision": list(loading.precision.entries)}
     request = {
         "model": _fingerprint(model, loading.revision),
         "reference": None if reference is None else _fingerprint(reference, None),
         "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "context": text.context,
-        "stride": text.stride,
+        "stride": stride,
         "limit": text.limit,
         "loading": settings,
         "version": __version__,
@@ -122,7 +125,7 @@ def evaluate(
     if len(known) < len(windows):
         subject = open_subject(model, loading)
         names = subject.gemm_names()
-        plain = Loading(loading.runtime, loading.device, loading.dtype)
+        plain = replace(loading, precision=AS_STORED, revision=None)
         against = None if reference is None else open_subject(reference, plain)
         new = score_windows(subject, against, tokens, windows[len(known) :], loading.batch_size)
         scores = chain(known, new if partial is None else partial.extend(new))
@@ -133,9 +136,9 @@ def evaluate(
             if on_window is not None:
                 on_window(score, len(windows))
     gemms = () if audit is None else audit.records
-    result = Evaluation(model, reference, text, settings, summarize(done), gemms)
+    result = Evaluation(model, reference, replace(text, stride=stride), settings, summarize(done), gemms)
     if partial is not None:
-        partial.finish(asdict(result))
+        partial.finish(to_json(result))
     return result
 
 

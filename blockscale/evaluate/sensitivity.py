@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from blockscale.calibrate.layerwise import decoder_layers
 from blockscale.errors import BlockscaleError
 from blockscale.metrics import kl_divergence, sqnr_db
 
@@ -53,14 +54,15 @@ def sensitivities(
         on_module: is told every result as it comes.
 
     Raises:
-        BlockscaleError: a name that the reference does not have.
+        BlockscaleError: a name that the reference does not have, or no decoder layers in it.
     """
     known = dict(reference.named_modules())
     for name in quantized:
         if name not in known:
             remedy = "compare with the checkpoint that the model was made from"
             raise BlockscaleError("module is not in the reference", where=name, remedy=remedy)
-    layers = _decoder_layers(reference)
+    listed, prefix = decoder_layers(reference)
+    layers = {f"{prefix}.{number}": layer for number, layer in enumerate(listed)}
     outputs: list[Any] = []
     hooks = [layer.register_forward_hook(lambda *call: outputs.append(call[2])) for layer in layers.values()]
     try:
@@ -78,19 +80,6 @@ def sensitivities(
         on_module(result)
         results.append(result)
     return results
-
-
-def _decoder_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Path and module of the decoder layers, in order: the longest list of modules that there is."""
-    lists = [
-        (path, each)
-        for path, each in model.named_modules()
-        if isinstance(each, torch.nn.ModuleList) and len(each)
-    ]
-    if not lists:
-        return {}
-    path, found = max(lists, key=lambda item: (len(item[1]), -len(item[0])))
-    return {f"{path}.{number}": layer for number, layer in enumerate(found)}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ is written to FILE and the lines are removed.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,6 +17,19 @@ from typing import Any
 
 from blockscale.errors import BlockscaleError
 from blockscale.evaluate.compare import WindowScore
+
+
+def to_json(result: Any) -> str:
+    """A dataclass as one JSON object; numbers that are not finite, which JSON does not have, become null."""
+    return json.dumps(_finite(asdict(result)), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Partial:
@@ -62,9 +76,9 @@ class Partial:
                 file.flush()
                 yield score
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Write the result, all or nothing, and remove the scores."""
+    def finish(self, result: str) -> None:
+        """Write the result, JSON, all or nothing, and remove the scores."""
         whole = self._result.with_name(f"{self._result.name}.new")
-        whole.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        whole.write_text(f"{result}\n", encoding="utf-8")
         os.replace(whole, self._result)
         self._path.unlink(missing_ok=True)

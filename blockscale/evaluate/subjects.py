@@ -25,6 +25,7 @@ from blockscale.model.linear import Compute
 from blockscale.model.load import load_model
 from blockscale.model.prefill import all_logits
 from blockscale.model.transformer import Transformer
+from blockscale.ops.gemm_dispatch import has_fp8
 
 Runtime = Literal["auto", "blockscale", "transformers"]
 _OURS = ("deepseek_v2", "deepseek_v3")
@@ -59,7 +60,8 @@ class Loading:
         runtime: "auto" takes `blockscale.model` for the architectures it knows.
         device: "cpu", "cuda" or "auto".
         dtype: of activations and of weights that are not FP8; default bfloat16 on GPUs, else float32.
-        compute: "fp8" multiplies FP8 weights with quantized activations, "high" with activations as they are.
+        compute: "fp8" multiplies FP8 weights with quantized activations, "high" with activations as they are;
+            None takes "fp8" where the device has FP8 arithmetic.
         precision: what linear layers are quantized or dequantized to as they are read.
         revision: of a Hub repository.
         batch_size: windows at a time.
@@ -68,10 +70,24 @@ class Loading:
     runtime: Runtime = "auto"
     device: str = "auto"
     dtype: torch.dtype | None = None
-    compute: Compute = "fp8"
+    compute: Compute | None = "fp8"
     precision: Precision = AS_STORED
     revision: str | None = None
     batch_size: int = 1
+
+    def resolved(self) -> Loading:
+        """The same with the device, dtype and arithmetic that are taken here.
+
+        Raises:
+            BlockscaleError: no such device.
+        """
+        device = torch.device(usable_device(self.device))
+        return replace(
+            self,
+            device=device.type,
+            dtype=self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
+            compute=self.compute or ("fp8" if has_fp8(device) else "high"),
+        )
 
 
 def read_config(source: Source) -> dict[str, Any]:
@@ -91,6 +107,8 @@ def open_subject(spec: str, loading: Loading) -> Subject:
     Raises:
         BlockscaleError: no such model, or one that the runtime that was asked for does not know.
     """
+    loading = loading.resolved()
+    assert loading.dtype is not None
     source = open_source(spec, loading.revision)
     family = read_config(source).get("model_type")
     if loading.runtime == "blockscale" and family not in _OURS:
@@ -101,18 +119,27 @@ def open_subject(spec: str, loading: Loading) -> Subject:
             got=family,
             remedy="--runtime transformers",
         )
-    device = torch.device(usable_device(loading.device))
-    dtype = loading.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     if family in _OURS and loading.runtime != "transformers":
         model = load_model(
-            source, device=device.type, dtype=dtype, compute=loading.compute, precision=loading.precision
+            source,
+            device=loading.device,
+            dtype=loading.dtype,
+            compute=loading.compute,
+            precision=loading.precision,
         )
         return RuntimeSubject(spec, model)
-    return TransformersSubject(spec, load_transformers(source, replace(loading, dtype=dtype)).to(device))
+    return TransformersSubject(spec, load_transformers(source, loading).to(loading.device))
 
 
 def load_transformers(source: Source, loading: Loading) -> torch.nn.Module:
-    """A model of transformers on the CPU, with this package's layers where weights are or become FP8."""
+    """A model of transformers on the CPU, with this package's layers where weights are or become FP8.
+
+    Raises:
+        BlockscaleError: a source that transformers does not read, or weights that do not fit together.
+    """
+    if not source.is_local and "://" in source.spec:
+        expected = "a local folder or a Hub repository"
+        raise BlockscaleError("transformers reads no URLs", where=source.spec, expected=expected)
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

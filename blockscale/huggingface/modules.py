@@ -57,10 +57,6 @@ class FP8Layer(nn.Module):
         for name in self.parts:
             yield scale_name(name), getattr(self, scale_name(name))
 
-    def matrices(self) -> Iterator[torch.dtype]:
-        """Storage dtype of every matrix of the layer, an expert's gate and up counted apart."""
-        raise NotImplementedError
-
     def extra_repr(self) -> str:
         """The line that printing a model shows."""
         shapes = ", ".join(f"{name}={list(getattr(self, name).shape)}" for name in self.parts)
@@ -84,10 +80,6 @@ class FP8Linear(FP8Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N), of the dtype of x."""
         return multiply(x, self.weight, self.weight_scale_inv, self.fmt, self.compute, self.bias)
-
-    def matrices(self) -> Iterator[torch.dtype]:
-        """One."""
-        yield self.weight.dtype
 
 
 class FP8Experts(FP8Layer):
@@ -148,11 +140,6 @@ class FP8Experts(FP8Layer):
         pieces = zip(weight.chunk(self.parts[name]), scale.chunk(self.parts[name]), strict=True)
         return torch.cat([multiply(x, *piece, self.fmt, self.compute) for piece in pieces], dim=-1)
 
-    def matrices(self) -> Iterator[torch.dtype]:
-        """Gate, up and down of every expert."""
-        for name, count in zip(EXPERT_WEIGHTS, (2, 1), strict=True):
-            yield from [getattr(self, name).dtype] * (count * self.num_experts)
-
 
 def is_experts(module: nn.Module) -> bool:
     """Whether `FP8Experts` computes the same: gate over up in (E, out, in), no bias, nothing after down."""
@@ -195,12 +182,13 @@ def format_summary(model: nn.Module) -> str:
     """How the linear layers of a model are stored, in a line; every expert's gate, up and down count."""
     counts: Counter[torch.dtype] = Counter()
     layers = dict(fp8_layers(model))
-    for layer in layers.values():
-        counts.update(layer.matrices())
-    for path in kept_layers(model):
-        for name, weight in model.get_submodule(path).named_parameters(recurse=False):
-            matrices = weight.shape[0] * (2 if name == "gate_up_proj" else 1) if weight.dim() == 3 else 1
-            counts[weight.dtype] += 0 if name == "bias" else matrices
+    for path in (*layers, *kept_layers(model)):
+        module = model.get_submodule(path)
+        for name in ("weight", *EXPERT_WEIGHTS):
+            weight = getattr(module, name, None)
+            if weight is not None:
+                experts = weight.shape[0] if weight.dim() == 3 else 1
+                counts[weight.dtype] += experts * (2 if name == "gate_up_proj" else 1)
     named = sorted((str(dtype).removeprefix("torch."), count) for dtype, count in counts.items())
     line = "linear layers: " + (", ".join(f"{count} in {name}" for name, count in named) or "none")
     if not layers:

@@ -3,6 +3,8 @@
 import bz2
 import json
 import lzma
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from blockscale.checkpoint.convert import quantize_checkpoint
 from blockscale.errors import BlockscaleError
 from blockscale.evaluate import run
 from blockscale.evaluate.run import Text, evaluate
-from blockscale.evaluate.subjects import Loading
+from blockscale.evaluate.subjects import Loading, open_subject
 from blockscale.evaluate.text import read_text
 from tests.evaluate.models import random_tokens
 from tests.model import models
@@ -148,3 +150,43 @@ def test_what_is_no_text_is_refused(tmp_path, name, content):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(BlockscaleError, match="cannot be read as text"):
         read_text(str(tmp_path / name))
+
+
+def test_wikitext_is_that_of_the_hub(monkeypatch):
+    asked = []
+    lines = {"text": ["= Title =", "", "A line."]}
+    package = SimpleNamespace(load_dataset=lambda *names, split: asked.append((*names, split)) or lines)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    assert read_text("wikitext2") == "= Title =\n\n\n\nA line."
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(BlockscaleError, match="needs the package datasets"):
+        read_text("wikitext2")
+
+
+def test_one_window_has_no_interval_and_the_result_is_json_all_the_same(setting, tmp_path):
+    out = tmp_path / "result.json"
+    evaluate(**setting | {"text": Text(setting["text"].data, context=64, limit=1)}, out=out)
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    result = json.loads(out.read_text(), parse_constant=refuse)
+    assert result["scores"]["perplexity"]["low"] is None
+    assert result["scores"]["perplexity"]["value"] > 0
+
+
+def test_the_result_says_how_the_model_was_run(setting):
+    loading = Loading(device="cpu", compute=None)
+    result = evaluate(**setting | {"loading": loading, "reference": None})
+    assert result.loading["dtype"] == "torch.float32"
+    assert result.loading["compute"] == "high"  # no FP8 arithmetic here
+
+
+def test_a_url_is_not_given_to_transformers(checkpoints):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/evaluate/config.json", b'{"model_type": "llama"}')
+    with pytest.raises(BlockscaleError, match="transformers reads no URLs"):
+        open_subject("memory://evaluate", Loading(device="cpu"))

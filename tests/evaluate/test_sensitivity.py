@@ -9,7 +9,6 @@ from blockscale.errors import BlockscaleError
 from blockscale.metrics import kl_divergence
 
 pytest.importorskip("transformers")
-from blockscale.evaluate import sensitivity
 from blockscale.evaluate.sensitivity import sensitivities
 from tests.evaluate.models import random_tokens, tiny_llama
 
@@ -76,5 +75,6 @@ def test_a_module_that_the_reference_lacks_is_refused(model):
         sensitivities(model, {"model.layers.7.mlp.up_proj": torch.nn.Linear(2, 2)}, IDS)
 
 
-def test_a_model_without_layers_has_none():
-    assert sensitivity._decoder_layers(torch.nn.Linear(2, 2)) == {}
+def test_a_model_without_decoder_layers_is_refused():
+    with pytest.raises(BlockscaleError, match="no decoder layers"):
+        sensitivities(torch.nn.Linear(2, 2), {"": torch.nn.Linear(2, 2)}, IDS)

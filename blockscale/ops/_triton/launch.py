@@ -1,8 +1,8 @@
 """Launches of Triton kernels that cost the host little.
 
-`kernel[grid](...)` binds, specializes and looks up by text at every launch, which takes 25 to 50 us: longer
-than most of these kernels run. Here one look at the arguments finds the compiled kernel, and pointers are
-handed over as numbers, which spares the driver a question about each.
+`kernel[grid](...)` binds, specializes and looks up by text at every launch, which takes 10 to 20 us of a slow
+host more than this: as long as many of these kernels run. Here one look at the arguments finds the compiled
+kernel, and pointers are handed over as numbers, which spares the driver a question about each.
 """
 
 from __future__ import annotations
