@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blockscale.checkpoint.convert import quantize_checkpoint
-from tests.evaluate.test_run import WORDS, save_tokenizer
+from tests.evaluate.models import WORDS, save_tokenizer
 from tests.model import models
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -100,3 +100,21 @@ def test_debug_gemm_shows_where_precision_goes(blockscale, folder):
         assert 1e-5 < float(line[place : place + 8]) < 1e-2
         place = titles.index("acc diff")
         assert float(line[place : place + 8]) < 1e-9
+
+
+def test_debug_gemm_says_that_there_was_nothing_to_check(blockscale, folder):
+    options = (
+        "--data",
+        folder / "text.txt",
+        "--context",
+        64,
+        "--limit",
+        1,
+        "--device",
+        "cpu",
+        "--debug-gemm",
+    )
+    code, out, err = blockscale("evaluate", folder / "plain", *options)
+    assert code == 0
+    assert "site " not in out
+    assert "no FP8 GEMM ran" in err

@@ -4,6 +4,7 @@ import torch
 import transformers
 
 VOCABULARY = 97
+WORD_COUNT = 320
 
 
 def tiny_llama(seed, **changes):
@@ -23,3 +24,16 @@ def tiny_llama(seed, **changes):
 
 def random_tokens(count, seed=0, vocabulary=VOCABULARY):
     return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+WORDS = " ".join(f"w{token}" for token in random_tokens(400, vocabulary=WORD_COUNT).tolist())
+
+
+def save_tokenizer(folder, shift=0):
+    """A tokenizer of words w0, w1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{(number + shift) % WORD_COUNT}": number for number in range(WORD_COUNT)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

@@ -8,33 +8,18 @@ import torch
 from blockscale.errors import BlockscaleError
 from blockscale.evaluate.perplexity import PerplexityResult, paired_ratio, perplexity
 
-transformers = pytest.importorskip("transformers")
-VOCABULARY = 97
+pytest.importorskip("transformers")
+from tests.evaluate.models import VOCABULARY, tiny_llama
 
 
 @pytest.fixture(scope="module")
 def model():
-    return _tiny_llama(seed=1)
+    return tiny_llama(seed=1)
 
 
 @pytest.fixture(scope="module")
 def token_ids():
     return torch.randint(VOCABULARY, (103,), generator=torch.Generator().manual_seed(0))
-
-
-def _tiny_llama(seed: int):
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.4,  # far from uniform predictions, so that a shifted target is seen
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return transformers.LlamaForCausalLM(config).eval()
 
 
 def _brute_force(model, token_ids, context, stride):
@@ -97,7 +82,7 @@ def test_lists_of_ints_and_int32_tensors_are_taken_as_well(model, token_ids):
 
 
 def test_a_bfloat16_model_is_scored_with_a_float32_softmax(token_ids):
-    model = _tiny_llama(seed=1).bfloat16()
+    model = tiny_llama(seed=1).bfloat16()
     with torch.no_grad():
         logits = model(token_ids[None]).logits[0, :-1]
     assert logits.dtype == torch.bfloat16
@@ -107,7 +92,7 @@ def test_a_bfloat16_model_is_scored_with_a_float32_softmax(token_ids):
 
 
 def test_uniform_predictions_have_the_vocabulary_size_as_perplexity(token_ids):
-    model = _tiny_llama(seed=1)
+    model = tiny_llama(seed=1)
     torch.nn.init.zeros_(model.lm_head.weight)
     result = perplexity(model, token_ids, context=16, stride=16)
     assert result.perplexity == pytest.approx(VOCABULARY, rel=1e-5)
@@ -148,7 +133,7 @@ def test_standard_error_matches_the_jackknife(model, token_ids):
 
 
 def test_paired_ratio_is_the_ratio_of_perplexities_with_a_smaller_error_than_either(token_ids):
-    before, changed = _tiny_llama(seed=1), _tiny_llama(seed=1)
+    before, changed = tiny_llama(seed=1), tiny_llama(seed=1)
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter *= 1.01

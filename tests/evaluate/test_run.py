@@ -15,22 +15,8 @@ from blockscale.evaluate import run
 from blockscale.evaluate.run import Text, evaluate
 from blockscale.evaluate.subjects import Loading, open_subject
 from blockscale.evaluate.text import read_text
-from tests.evaluate.models import random_tokens
+from tests.evaluate.models import WORDS, save_tokenizer
 from tests.model import models
-
-VOCABULARY = 320
-WORDS = " ".join(f"w{token}" for token in random_tokens(400, vocabulary=VOCABULARY).tolist())
-
-
-def save_tokenizer(folder, shift=0):
-    """A tokenizer of words w0, w1, ..."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{(number + shift) % VOCABULARY}": number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
