@@ -7,7 +7,8 @@ The block FP8 format stores a weight as E4M3 codes and one scale per block,
 with `scale` of shape (ceil(N / block_n), ceil(K / block_k)); the last block of a ragged dimension is the
 remainder. A 3-D tensor of fused experts (E, N, K) has its own blocks in every expert: (E, ceil, ceil).
 On disk the scale is called `<weight>_scale_inv` (DeepSeek layout: despite the name it is the multiplier)
-or `<weight>_scale` (compressed-tensors layout).
+or `<weight>_scale` (compressed-tensors layout). A checkpoint of the DeepSeek layout has one block size; one
+of compressed-tensors may have several, by module.
 
 Sources: DeepSeek-V3 `README_WEIGHTS.md` (format), safetensors README (dtypes), OCP MX v1.0 (E8M0).
 """
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 
+from blockscale import compressed_tensors
 from blockscale.errors import BlockscaleError
 
 ScaleFmt = Literal["float32", "ue8m0"]
@@ -91,11 +93,12 @@ def parse_scale_fmt(value: object, where: str | None = None) -> ScaleFmt:
     raise BlockscaleError("unknown scale_fmt", where=where, expected=accepted, got=repr(value))
 
 
-def parse_block_size(value: object, where: str | None = None) -> tuple[int, int]:
+def parse_block_size(value: object, where: str | None = None, or_else: str | None = None) -> tuple[int, int]:
     """`"128x128"`, `"128"` (square) or a pair of integers, as (block_n, block_k).
 
     Raises:
-        BlockscaleError: anything else; `where` says in the message which value it is.
+        BlockscaleError: anything else; `where` says in the message which value it is, `or_else` what else
+            would have been right.
     """
     pair: tuple[Any, ...] | None = None
     if isinstance(value, str) and re.fullmatch(r"\d+(x\d+)?", value):
@@ -104,9 +107,14 @@ def parse_block_size(value: object, where: str | None = None) -> tuple[int, int]
     elif isinstance(value, (list, tuple)) and len(value) == 2:
         pair = tuple(value)
     if pair is None or not all(isinstance(side, int) and side > 0 for side in pair):
-        expected = "two positive integers, as 128x128"
+        expected = "two positive integers, as 128x128" + ("" if or_else is None else f", or {or_else}")
         raise BlockscaleError("bad block size", where=where, expected=expected, got=repr(value))
     return pair[0], pair[1]
+
+
+def spell_block_size(block_size: tuple[int, int]) -> str:
+    """As `parse_block_size` reads it: `"128x128"`."""
+    return f"{block_size[0]}x{block_size[1]}"
 
 
 @dataclass(frozen=True)
@@ -184,23 +192,84 @@ def module_path(weight_name: str) -> str:
 
 
 @dataclass(frozen=True)
+class BlockGroup:
+    """Modules whose weights have blocks of one size.
+
+    Attributes:
+        block_size: (block_n, block_k).
+        targets: full module paths, regular expressions behind "re:", or "Linear" for all that no other names.
+    """
+
+    block_size: tuple[int, int]
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Quantization:
     """What a checkpoint's `quantization_config` says: how its FP8 weights are stored and what is left alone.
 
     Attributes:
         layout: which on-disk spelling it is.
-        fmt: block size and scale format.
+        fmt: scale format, and the block size; with several, that of the first group.
         skip: full module paths that stay unquantized, sorted.
+        groups: where there are several block sizes, who has which; else empty.
+
+    Raises:
+        BlockscaleError: several block sizes in a layout that has one.
     """
 
     layout: Layout
     fmt: BlockFP8
     skip: tuple[str, ...] = ()
+    groups: tuple[BlockGroup, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.groups and self.layout == "deepseek":
+            raise BlockscaleError(
+                "the deepseek layout has one block size for the whole checkpoint",
+                got=", ".join(spell_block_size(size) for size in self.block_sizes),
+                remedy="use --layout compressed-tensors, or one size",
+            )
+
+    @property
+    def block_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Every block size there is, each once."""
+        return tuple(dict.fromkeys(group.block_size for group in self.groups)) or (self.fmt.block_size,)
+
+    def block_size_of(self, weight_name: str) -> tuple[int, int]:
+        """The block size of a weight; a module path beats a regular expression, and that beats "Linear".
+
+        Raises:
+            BlockscaleError: no group names it.
+        """
+        if not self.groups:
+            return self.fmt.block_size
+        module = module_path(weight_name)
+        if module in self._by_target:
+            return self._by_target[module]
+        for pattern in self._patterns:  # in the order of the package
+            if re.match(pattern.removeprefix("re:"), module):
+                return self._by_target[pattern]
+        if compressed_tensors.ALL_LINEARS not in self._by_target:
+            raise BlockscaleError(
+                "FP8 weight of unknown block size", where=weight_name, expected="a config group that names it"
+            )
+        return self._by_target[compressed_tensors.ALL_LINEARS]
+
+    @functools.cached_property
+    def _by_target(self) -> dict[str, tuple[int, int]]:
+        return {target: group.block_size for group in reversed(self.groups) for target in group.targets}
+
+    @functools.cached_property
+    def _patterns(self) -> list[str]:
+        return sorted(target for target in self._by_target if target.startswith("re:"))
 
     def config(self) -> dict[str, Any]:
         """The `quantization_config` entry of config.json that engines read."""
         if self.layout == "compressed-tensors":
-            return _compressed_tensors_config(self.fmt, self.skip)
+            groups = [(group.block_size, group.targets) for group in self.groups]
+            groups = groups or [(self.fmt.block_size, (compressed_tensors.ALL_LINEARS,))]
+            return compressed_tensors.write_config(groups, self.skip)
         config: dict[str, Any] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
@@ -250,59 +319,16 @@ def parse_quantization_config(config: dict[str, Any]) -> Quantization | None:
     )
 
 
-def _compressed_tensors_config(fmt: BlockFP8, skip: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-    except ImportError as error:
-        raise BlockscaleError(
-            "the compressed-tensors layout needs the package of that name",
-            remedy="pip install 'blockscale[compressed-tensors]'",
-        ) from error
-    weights = QuantizationArgs(
-        num_bits=8,
-        type="float",
-        strategy="block",
-        block_structure=list(fmt.block_size),
-        symmetric=True,
-        dynamic=False,
-    )
-    activations = QuantizationArgs(
-        num_bits=8,
-        type="float",
-        strategy="group",
-        group_size=fmt.block_size[1],
-        symmetric=True,
-        dynamic=True,
-        observer=None,
-    )
-    scheme = QuantizationScheme(
-        targets=["Linear"], weights=weights, input_activations=activations, format="float-quantized"
-    )
-    config = QuantizationConfig(
-        config_groups={"group_0": scheme},
-        format="float-quantized",
-        quantization_status="compressed",
-        ignore=list(skip),
-    )
-    return config.model_dump(mode="json", exclude_none=True)
-
-
 def _parse_compressed_tensors(entry: dict[str, Any], where: str) -> Quantization:
-    groups = entry.get("config_groups")
-    scheme = next(iter(groups.values())) if isinstance(groups, dict) and len(groups) == 1 else None
-    weights = scheme.get("weights") if isinstance(scheme, dict) else None
-    weights = weights if isinstance(weights, dict) else {}
-    if (weights.get("type"), weights.get("num_bits"), weights.get("strategy")) != ("float", 8, "block"):
-        raise BlockscaleError(
-            "compressed-tensors checkpoint is not block FP8",
-            where=where,
-            expected="one config group with 8-bit float weights and strategy block",
-            got=f"{len(groups) if isinstance(groups, dict) else 'no'} groups, weights {weights or 'unknown'}",
-            remedy="start from an unquantized (BF16) or block FP8 checkpoint",
-        )
+    groups = tuple(
+        BlockGroup(parse_block_size(block, where), targets)
+        for block, targets in compressed_tensors.read_groups(entry, where)
+    )
     # The layout has no key for the scale format; the scales themselves tell (`verify` and `inspect` look).
-    fmt = BlockFP8(parse_block_size(weights.get("block_structure"), where), "float32")
-    return Quantization("compressed-tensors", fmt, _parse_skip_list(entry.get("ignore"), f"{where} ignore"))
+    fmt = BlockFP8(groups[0].block_size, "float32")
+    several = len({group.block_size for group in groups}) > 1
+    skip = _parse_skip_list(entry.get("ignore"), f"{where} ignore")
+    return Quantization("compressed-tensors", fmt, skip, groups if several else ())
 
 
 def _parse_skip_list(value: object, where: str) -> tuple[str, ...]:

@@ -7,45 +7,30 @@ on threads, devices, interruptions or machines.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from blockscale.checkpoint.block_choice import Chosen
+from blockscale.checkpoint.block_measure import choose_blocks
 from blockscale.checkpoint.commit import commit
 from blockscale.checkpoint.engine import convert_shards, default_workers
-from blockscale.checkpoint.index import INDEX_NAME, read_index
+from blockscale.checkpoint.index import read_index
 from blockscale.checkpoint.lanes import usable_device
-from blockscale.checkpoint.model_config import CONFIG_NAME
-from blockscale.checkpoint.plan import (
-    MANIFEST_NAME,
-    ConversionPlan,
-    ShardPlan,
-    plan_dequantize,
-    plan_quantize,
-)
+from blockscale.checkpoint.plan import ConversionPlan, plan_dequantize, plan_quantize
 from blockscale.checkpoint.progress import Progress, Silent
-from blockscale.checkpoint.recipe import Recipe
-from blockscale.checkpoint.source import Source, copy_file, open_source, resolve
-from blockscale.checkpoint.strips import nonfinite_of, open_reader
+from blockscale.checkpoint.recipe import AUTO, Recipe
+from blockscale.checkpoint.rounded import Rounder, round_weights, with_rounder
+from blockscale.checkpoint.scan import scan
+from blockscale.checkpoint.source import Source, open_source, resolve
+from blockscale.checkpoint.stage import stage_rest
+from blockscale.checkpoint.strips import nonfinite_of
 from blockscale.checkpoint.tasks import Job
 from blockscale.checkpoint.verify import verify_shard
-from blockscale.checkpoint.workspace import (
-    Workspace,
-    finish_shard,
-    open_workspace,
-    stage_file,
-)
-from blockscale.checkpoint.writer import io_errors
+from blockscale.checkpoint.workspace import Workspace, finish_shard, open_workspace, recorded_choice
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
-from blockscale.version import __version__
 
 
 @dataclass(frozen=True)
@@ -80,6 +65,9 @@ class ConversionReport:
     Attributes:
         resumed_shards: shards that an earlier run had finished.
         already_complete: there was nothing to do.
+        block_sizes: size -> how many weights have it, of those that were quantized or dequantized.
+        block_choice: under the block size "auto", what was chosen for each weight and why.
+        calibrated: weights that were taken over from a rounder.
     """
 
     source: str
@@ -93,6 +81,9 @@ class ConversionReport:
     resumed_shards: int = 0
     already_complete: bool = False
     warnings: tuple[str, ...] = field(default=())
+    block_sizes: dict[str, int] = field(default_factory=dict)
+    block_choice: dict[str, Chosen] | None = None
+    calibrated: int = 0
 
 
 def quantize_checkpoint(
@@ -102,6 +93,7 @@ def quantize_checkpoint(
     *,
     on_nonfinite: Literal["error", "keep"] = "error",
     run: RunOptions | None = None,
+    rounder: Rounder | None = None,
 ) -> ConversionReport:
     """Quantize a BF16, F16 or F32 checkpoint to block FP8.
 
@@ -111,19 +103,32 @@ def quantize_checkpoint(
         recipe: format, layout and which tensors; 128x128 blocks with float32 scales by default.
         on_nonfinite: refuse a weight with NaN or Inf, or keep that tensor (and those fused with it) as it is.
         run: workers, device, overwrite, progress.
+        rounder: rounds weights by more than their values; what it leaves out is rounded to the nearest code.
 
     Raises:
         BlockscaleError: bad input or an unusable destination; nothing under a final name was touched.
     """
     run, recipe = run or RunOptions(), recipe or Recipe()
+    if rounder is not None and run.cluster is not None:
+        raise BlockscaleError(
+            "weights are calibrated on one machine",
+            where=f"cluster {run.cluster}",
+            remedy="leave out --cluster",
+        )
     device = _device(run)
     source = open_source(src, run.revision)
     index = read_index(source)
-    plan = plan_quantize(source, recipe, index)
+    plan, keep = plan_quantize(source, recipe, index), dict[str, str]()
     if on_nonfinite == "keep":
         keep = _nonfinite_weights(plan, source, run)
         plan = plan_quantize(source, recipe, index, keep) if keep else plan
-    return run_plan(plan, source, dst, run, Job(source, recipe.scale_fmt, device=device))
+    if recipe.block_size == AUTO:
+        recorded = recorded_choice(dst, plan.digest())
+        choice = recorded or choose_blocks(plan, source, recipe, run.workers, run.progress)
+        plan = plan_quantize(source, recipe, index, keep, choice)
+    if rounder is not None:
+        plan = with_rounder(plan, rounder)
+    return run_plan(plan, source, dst, run, Job(source, recipe.scale_fmt, device=device), rounder)
 
 
 def dequantize_checkpoint(
@@ -154,16 +159,26 @@ def dequantize_checkpoint(
 
 
 def run_plan(
-    plan: ConversionPlan, source: Source, dst: str | os.PathLike[str], run: RunOptions, job: Job
+    plan: ConversionPlan,
+    source: Source,
+    dst: str | os.PathLike[str],
+    run: RunOptions,
+    job: Job,
+    rounder: Rounder | None = None,
 ) -> ConversionReport:
     """Carry out a plan; resumes what an earlier run of the same plan left."""
     _refuse_same_place(source, dst)
     started = time.monotonic()
-    with open_workspace(dst, plan.digest(), plan.files, overwrite=run.overwrite) as workspace:
+    choice = None if plan.choice is None else plan.choice.record()
+    with open_workspace(dst, plan.digest(), plan.files, overwrite=run.overwrite, choice=choice) as workspace:
         resumed, complete = len(workspace.done), workspace.complete
         if not workspace.committing and not complete:
+            if rounder is not None:
+                _check_space(plan, workspace)  # before the hours that rounding may take, not only after them
+                weights = round_weights(plan, rounder, workspace.rounded, job.scale_fmt, run.progress)
+                job = replace(job, rounded=weights)
             _convert(plan, workspace, run, job)
-            _stage_rest(plan, source, workspace)
+            stage_rest(plan, source, workspace, job.rounded)
             _check_unchanged(plan, source)
         if not complete:
             commit(workspace, plan.files)
@@ -179,6 +194,9 @@ def run_plan(
         resumed_shards=resumed,
         already_complete=complete,
         warnings=plan.decisions.warnings,
+        block_sizes=plan.decisions.block_sizes,
+        block_choice=None if plan.choice is None else plan.choice.tensors,
+        calibrated=0 if job.rounded is None else len(job.rounded.weights),
     )
 
 
@@ -186,7 +204,7 @@ def _convert(plan: ConversionPlan, workspace: Workspace, run: RunOptions, job: J
     todo = [shard for shard in plan.shards if shard.file not in workspace.done]
     # What an earlier run did is not counted: its bytes would pass for the speed of this one.
     run.progress.start(sum(s.input_bytes for s in todo), sum(len(s.tasks) for s in todo))
-    _check_space(todo, workspace)
+    _check_space(plan, workspace)
     if run.cluster is not None:
         if workspace.repository is not None:
             raise BlockscaleError(
@@ -208,64 +226,10 @@ def _convert(plan: ConversionPlan, workspace: Workspace, run: RunOptions, job: J
     convert_shards(todo, workspace.staging, job, workers, finish, run.progress)
 
 
-def _stage_rest(plan: ConversionPlan, source: Source, workspace: Workspace) -> None:
-    """Stage every file that is not a shard."""
-    files = {name: _stage_copy(workspace, source, name) for name in plan.carried}
-    records = {shard.file: workspace.done[shard.file] for shard in plan.shards}
-    tensors = {
-        # Shards for ranks have tensors of the same names.
-        f"{file}:{name}" if plan.command == "convert" else name: value
-        for file, record in records.items()
-        for name, value in record["sha256"].items()
-    }
-    if plan.index_metadata is not None:
-        weight_map = {name: file for file, record in records.items() for name in record["sha256"]}
-        metadata = {**plan.index_metadata, "total_size": plan.output_bytes}
-        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-        files[INDEX_NAME] = _stage_json(workspace, INDEX_NAME, index)
-    files[CONFIG_NAME] = _stage_json(workspace, CONFIG_NAME, plan.config)
-    manifest = {
-        "format_version": 1,
-        "blockscale": __version__,
-        "command": plan.command,
-        "options": plan.options,
-        "plan": plan.digest(),
-        "files": files,
-        "tensors": dict(sorted(tensors.items())),
-    }
-    _stage_json(workspace, MANIFEST_NAME, manifest)
-
-
-def _stage_copy(workspace: Workspace, source: Source, name: str) -> str:
-    target = workspace.staging / name
-    with io_errors(target):
-        return copy_file(source, name, target)
-
-
-def _stage_json(workspace: Workspace, name: str, content: dict[str, Any]) -> str:
-    # In ASCII: a file name that is no Unicode could not be written otherwise.
-    data = (json.dumps(content, indent=2) + "\n").encode()
-    stage_file(workspace, name, data)
-    return hashlib.sha256(data).hexdigest()
-
-
 def _nonfinite_weights(plan: ConversionPlan, source: Source, run: RunOptions) -> dict[str, str]:
     """Scan the weights that would be quantized; name -> why it cannot be."""
-    keep: dict[str, str] = {}
-    staging = Path(tempfile.mkdtemp(prefix="blockscale-"))
-    try:
-        for shard in plan.shards:
-            (file,) = shard.source_files
-            with source.local_file(file, staging) as path, open_reader(path) as reader:
-                entries = [task.source for task in shard.tasks if task.action == "quantize"]
-                with ThreadPoolExecutor(run.workers or default_workers()) as pool:
-                    found = pool.map(lambda entry: nonfinite_of(entry, reader), entries)
-                    for entry, error in zip(entries, found, strict=True):
-                        if error is not None:
-                            keep[entry.name] = f"{error.count} NaN or Inf"
-    finally:
-        shutil.rmtree(staging)
-    return keep
+    found = scan(plan, source, run.workers, nonfinite_of)
+    return {entry.name: f"{error.count} NaN or Inf" for entry, error in found if error is not None}
 
 
 def _device(run: RunOptions) -> str:
@@ -287,9 +251,10 @@ def _refuse_same_place(source: Source, dst: str | os.PathLike[str]) -> None:
         )
 
 
-def _check_space(todo: Sequence[ShardPlan], workspace: Workspace) -> None:
+def _check_space(plan: ConversionPlan, workspace: Workspace) -> None:
     if not workspace.waits_here:
         return  # shards leave one by one
+    todo = (shard for shard in plan.shards if shard.file not in workspace.done)
     needed = sum(output.nbytes for shard in todo for output in shard.outputs)
     free = shutil.disk_usage(workspace.folder).free
     if needed > free:

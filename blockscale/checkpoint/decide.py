@@ -9,17 +9,18 @@ Dequantizing: FP8 is recognized by dtype, its scale is found by name in any shar
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from blockscale.checkpoint.blocks import BlockSize, block_sizes, count_sizes, declare
 from blockscale.checkpoint.families import Family, family_of, stored_block_size
 from blockscale.checkpoint.names import check_patterns, keep_reason, matches, role_of, sharing_groups
 from blockscale.checkpoint.precision import check_followed
 from blockscale.checkpoint.recipe import Recipe
+from blockscale.checkpoint.skip_list import Signature, skip_list
 from blockscale.errors import BlockscaleError, MissingScaleError
 from blockscale.formats import (
     DTYPE_NAMES,
-    HIGH_PRECISION,
     LAYOUTS,
     QUANTIZATION_KEYS,
     Quantization,
@@ -29,7 +30,6 @@ from blockscale.formats import (
     scaled_weight_name,
 )
 
-Signature = tuple[str, tuple[int, ...]]
 Action = Literal["quantize", "dequantize", "requantize", "copy", "drop"]
 FP8 = "F8_E4M3"
 SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
@@ -38,11 +38,17 @@ _UNSUPPORTED_SUFFIXES = ("_blocks", ".qweight", ".weight_packed", ".qzeros")
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to one tensor, and why; `scale` names the tensor that dequantizes it."""
+    """What happens to one tensor, and why.
+
+    Attributes:
+        scale: names the tensor that dequantizes it.
+        block_size: of what is quantized or dequantized, over (out, in) features.
+    """
 
     action: Action
     reason: str
     scale: str | None = None
+    block_size: BlockSize | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,24 @@ class Decisions:
         by_name: tensor name -> decision.
         skip: full module paths of linear weights that stay unquantized, for the skip list of engines.
         warnings: what the user should know.
+        quantization: what config.json is to say, if weights become FP8.
     """
 
     by_name: dict[str, Decision]
     skip: tuple[str, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    quantization: Quantization | None = None
+
+    @property
+    def block_sizes(self) -> dict[str, int]:
+        """Block size as spelled -> how many weights have it."""
+        return count_sizes(each.block_size for each in self.by_name.values() if each.block_size is not None)
+
+    def stored_block_size(self, name: str, shape: tuple[int, ...], family: Family) -> BlockSize:
+        """The block size of a tensor that is quantized or dequantized, on its axes as stored."""
+        size = self.by_name[name].block_size
+        assert size is not None
+        return stored_block_size(size, shape, family)
 
 
 def decide_quantize(
@@ -65,6 +84,7 @@ def decide_quantize(
     config: dict[str, Any],
     recipe: Recipe,
     keep: Mapping[str, str] | None = None,
+    chosen: Mapping[str, BlockSize] | None = None,
 ) -> Decisions:
     """Decide what quantizing does with every tensor.
 
@@ -73,10 +93,11 @@ def decide_quantize(
         config: parsed config.json.
         recipe: what the user asked for.
         keep: further tensors to leave alone -> why (non-finite weights).
+        chosen: block sizes that were chosen by the values of the weights, under "auto".
 
     Raises:
         BlockscaleError: the source is quantized already, a pattern matches nothing, a precision cannot be
-            given, or nothing is left to do.
+            given, the layout has no place for the block sizes, or nothing is left to do.
     """
     family = family_of(config)
     _refuse_quantized(tensors, config)
@@ -94,8 +115,12 @@ def decide_quantize(
         raise BlockscaleError("no tensor would be quantized", remedy=remedy)
     warnings += _head_warning(decisions)
     _refuse_fused_in_compressed_tensors(decisions, tensors, recipe)
-    skip = _skip_list(decisions, tensors)
-    return Decisions(decisions, skip, tuple(warnings))
+    kept = [name for name, decision in decisions.items() if decision.action == "copy"]
+    skip = skip_list(kept, tensors)
+    quantized = [name for name, decision in decisions.items() if decision.action == "quantize"]
+    sizes, told = block_sizes(quantized, recipe, chosen or {})
+    decisions |= {name: replace(decisions[name], block_size=size) for name, size in sizes.items()}
+    return Decisions(decisions, skip, (*warnings, *told), declare(sizes, recipe, skip))
 
 
 def decide_dequantize(
@@ -110,7 +135,7 @@ def decide_dequantize(
     Args:
         tensors: name -> (safetensors dtype, shape).
         config: parsed config.json.
-        quantization: parsed from it; gives the block size, which is never derived from a scale grid.
+        quantization: parsed from it; gives the block sizes, which are never derived from a scale grid.
         on_missing_scale: refuse FP8 weights without a scale, or keep them as they are.
 
     Raises:
@@ -134,7 +159,9 @@ def decide_dequantize(
         if dtype == FP8:
             scale = scale_of(name, tensors)
             decisions[name] = (
-                Decision("dequantize", "FP8 with scale", scale) if scale else Decision("copy", "no scale")
+                Decision("dequantize", "FP8 with scale", scale, quantization.block_size_of(name))
+                if scale
+                else Decision("copy", "no scale")
             )
         elif weight is not None and weight in tensors:
             decisions[name] = Decision("drop", f"scale of {weight}")
@@ -153,11 +180,14 @@ def decide_dequantize(
             remedy="fetch the missing shard, or keep them as raw FP8 with --on-missing-scale keep",
         )
     warnings += [f"{name}: no scale; kept as raw FP8, which is not usable as a weight" for name in missing]
+    skip = tuple(sorted(map(module_path, missing)))
+    result, family = Decisions(decisions, skip, tuple(warnings)), family_of(config)
     for name, decision in decisions.items():
         if decision.scale is not None:
-            block = stored_block_size(quantization.fmt.block_size, tensors[name][1], family_of(config))
-            check_grid(name, tensors[name][1], decision.scale, tensors[decision.scale], block)
-    return Decisions(decisions, tuple(sorted(map(module_path, missing))), tuple(warnings))
+            shape = tensors[name][1]
+            block = result.stored_block_size(name, shape, family)
+            check_grid(name, shape, decision.scale, tensors[decision.scale], block)
+    return result
 
 
 def _refuse_quantized(tensors: Mapping[str, Signature], config: dict[str, Any]) -> None:
@@ -235,26 +265,6 @@ def _refuse_fused_in_compressed_tensors(
                 where=name,
                 remedy="use --layout deepseek, or --exclude '*.experts.*'",
             )
-
-
-def _skip_list(decisions: dict[str, Decision], tensors: Mapping[str, Signature]) -> tuple[str, ...]:
-    kept = (name for name, decision in decisions.items() if decision.action == "copy")
-    skip = {entry for name in kept if (entry := skip_entry(name, tensors[name])) is not None}
-    if "lm_head.weight" not in tensors:
-        # Tied to the embedding: the module exists in every engine though the file has no tensor for it.
-        skip.add("lm_head")
-    return tuple(sorted(skip))
-
-
-def skip_entry(name: str, signature: Signature) -> str | None:
-    """Full module path by which a skip list names an unquantized linear weight or fused experts, or None."""
-    dtype, shape = signature
-    if dtype not in HIGH_PRECISION:
-        return None
-    if len(shape) == 3 and not name.endswith((".weight", "bias")):
-        return name.rpartition(".")[0]
-    linear = name.endswith(".weight") and len(shape) == 2 and role_of(name) not in ("embedding", "norm")
-    return module_path(name) if linear else None
 
 
 def scale_of(weight: str, tensors: Container[str]) -> str | None:

@@ -14,8 +14,8 @@ from blockscale.checkpoint.model_config import read_config
 from blockscale.checkpoint.names import role_of
 from blockscale.checkpoint.plan import signatures
 from blockscale.checkpoint.problems import Problem, structural_problems
+from blockscale.checkpoint.scales import read_scale
 from blockscale.checkpoint.source import Source, open_source
-from blockscale.checkpoint.tasks import read_scale
 from blockscale.errors import CorruptCheckpointError
 from blockscale.formats import Quantization, scaled_weight_name
 from blockscale.reference import is_power_of_two

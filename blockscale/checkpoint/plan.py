@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from blockscale.checkpoint.block_choice import BlockChoice
 from blockscale.checkpoint.decide import FP8, Decisions, Signature, decide_dequantize, decide_quantize
-from blockscale.checkpoint.families import family_of, stored_block_size
+from blockscale.checkpoint.families import family_of
 from blockscale.checkpoint.index import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -34,7 +35,6 @@ from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
 from blockscale.formats import (
     HIGH_PRECISION,
-    Quantization,
     parse_quantization_config,
     scale_name,
     scale_shape,
@@ -134,6 +134,7 @@ class ConversionPlan:
         carried: files copied byte for byte.
         decisions: tensor by tensor, with reasons.
         fingerprints: source file -> size and time or etag, to notice a source that changes.
+        choice: the block sizes that were chosen by values, and why.
     """
 
     command: Command
@@ -144,6 +145,7 @@ class ConversionPlan:
     carried: tuple[str, ...]
     decisions: Decisions
     fingerprints: dict[str, list[Any]]
+    choice: BlockChoice | None = None
 
     @property
     def input_bytes(self) -> int:
@@ -190,28 +192,33 @@ def plan_quantize(
     recipe: Recipe,
     index: CheckpointIndex | None = None,
     keep: Mapping[str, str] | None = None,
+    choice: BlockChoice | None = None,
 ) -> ConversionPlan:
-    """Plan BF16 (F16, F32) -> block FP8; `keep` names further tensors to leave alone, with the reason."""
+    """Plan BF16 (F16, F32) -> block FP8.
+
+    `keep` names further tensors to leave alone, with the reason; `choice` has the block sizes under "auto".
+    """
     index = index or read_index(source)
     config = read_config(source)
-    decisions = decide_quantize(signatures(index), config, recipe, keep)
+    chosen = None if choice is None else choice.sizes
+    decisions = decide_quantize(signatures(index), config, recipe, keep, chosen)
     family = family_of(config)
 
     def task(entry: TensorEntry) -> Task | None:
         if decisions.by_name[entry.name].action == "copy":
             return _copy(entry)
-        block = stored_block_size(recipe.block_size, entry.shape, family)
+        block = decisions.stored_block_size(entry.name, entry.shape, family)
         codes = OutputTensor(entry.name, FP8, entry.shape)
         scale = OutputTensor(scale_name(entry.name, recipe.layout), "F32", scale_shape(entry.shape, block))
         if scale.name in index.tensors:
             raise CorruptCheckpointError("name is taken by a tensor of the source", where=scale.name)
         return Task("quantize", entry, (codes, scale), block_size=block)
 
-    quantization = Quantization(recipe.layout, recipe.fmt, decisions.skip)
-    result = {**without_quantization(config), "quantization_config": quantization.config()}
+    assert decisions.quantization is not None
+    result = {**without_quantization(config), "quantization_config": decisions.quantization.config()}
     options = {
         "scale_fmt": recipe.scale_fmt,
-        "block_size": list(recipe.block_size),
+        "block_size": recipe.block_size,
         "layout": recipe.layout,
         "include": list(recipe.include),
         "exclude": list(recipe.exclude),
@@ -219,7 +226,8 @@ def plan_quantize(
         "kept": dict(sorted((keep or {}).items())),
     }
     shards = _mirrored(index, task)
-    return assemble("quantize", options, source, shards, result, index.index_metadata, decisions)
+    plan = assemble("quantize", options, source, shards, result, index.index_metadata, decisions)
+    return replace(plan, choice=choice)
 
 
 def plan_dequantize(
@@ -232,8 +240,7 @@ def plan_dequantize(
     config = read_config(source)
     quantization = parse_quantization_config(config)
     decisions = decide_dequantize(signatures(index), config, quantization, on_missing_scale=on_missing_scale)
-    assert quantization is not None
-    block, family = quantization.fmt.block_size, family_of(config)
+    family = family_of(config)
 
     def task(entry: TensorEntry) -> Task | None:
         decision = decisions.by_name[entry.name]
@@ -242,7 +249,7 @@ def plan_dequantize(
         if decision.scale is None:
             return _copy(entry)
         output = OutputTensor(entry.name, dtype, entry.shape)
-        stored = stored_block_size(block, entry.shape, family)
+        stored = decisions.stored_block_size(entry.name, entry.shape, family)
         return Task("dequantize", entry, (output,), scale=index.tensors[decision.scale], block_size=stored)
 
     result = without_quantization(config)

@@ -1,10 +1,11 @@
 """The precision of linear weights, by what they are: experts in FP8, the rest in BF16.
 
-    {"default": "bf16", "experts": "fp8", "model.layers.0.*": "bf16"}
+    {"default": "bf16", "experts": "fp8", "*.o_proj": "fp8:64x64", "model.layers.0.*": "bf16"}
 
 A key is a role, a shell-style pattern on the full tensor name or module path, or `default`. A pattern beats
 a role, a role beats `default`; of several patterns that match, the last one counts. The output head becomes
 FP8 where it is named, never by `default`. What is no linear weight (norm, router, ...) has no precision.
+A value is a `WeightFormat`: "fp8" has the blocks that the recipe has by default, "fp8:64x64" its own.
 """
 
 from __future__ import annotations
@@ -16,12 +17,47 @@ from typing import Any, Literal, get_args
 
 from blockscale.checkpoint.names import Role, check_patterns, matches, role_of
 from blockscale.errors import BlockscaleError
+from blockscale.formats import parse_block_size, spell_block_size
 
 # "bf16" is whatever is not quantized: in the source's dtype after a conversion, in the model's once loaded.
-WeightFormat = Literal["fp8", "bf16"]
-FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+Kind = Literal["fp8", "bf16"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_SPELLINGS = ("fp8", "fp8:ROWSxCOLUMNS", "bf16")
 ROLES: tuple[Role, ...] = ("attention", "dense_mlp", "shared_experts", "experts", "head")
 DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """What a weight is to be.
+
+    Attributes:
+        kind: "fp8" or "bf16".
+        block_size: (block_n, block_k) of FP8; None is that of the recipe.
+    """
+
+    kind: Kind
+    block_size: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        """As `parse_weight_format` reads it: `fp8:64x64`."""
+        return self.kind if self.block_size is None else f"{self.kind}:{spell_block_size(self.block_size)}"
+
+
+def parse_weight_format(value: object, where: str | None = None) -> WeightFormat:
+    """`"bf16"`, `"fp8"` or `"fp8:64x64"`.
+
+    Raises:
+        BlockscaleError: anything else; `where` says in the message which value it is.
+    """
+    if isinstance(value, WeightFormat):
+        return value
+    kind, colon, size = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if kind == "fp8":
+        return WeightFormat("fp8", parse_block_size(size, where) if colon else None)
+    if kind == "bf16" and not colon:
+        return WeightFormat("bf16")
+    raise BlockscaleError("unknown precision", where=where, expected=" | ".join(_SPELLINGS), got=repr(value))
 
 
 @dataclass(frozen=True)
@@ -29,7 +65,7 @@ class Precision:
     """Which precision a tensor is to have; see the module for the rule.
 
     Attributes:
-        entries: (role, pattern or "default", "fp8" or "bf16"), in the order they were given.
+        entries: (role, pattern or "default", format), in the order they were given; formats may be spelled.
 
     Raises:
         BlockscaleError: an unknown role or precision, or two of one key.
@@ -38,25 +74,31 @@ class Precision:
     entries: tuple[tuple[str, WeightFormat], ...] = ()
 
     def __post_init__(self) -> None:
-        for key, wanted in self.entries:
+        for key, _ in self.entries:
             _check_key(key)
-            if wanted not in FORMATS:
-                expected = " | ".join(FORMATS)
-                raise BlockscaleError(
-                    "unknown precision", where=f"precision {key}", expected=expected, got=repr(wanted)
-                )
+        entries = tuple(
+            (key, parse_weight_format(wanted, f"precision {key}")) for key, wanted in self.entries
+        )
+        object.__setattr__(self, "entries", entries)
         keys = [key for key, _ in self.entries]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise BlockscaleError("given twice", where=f"precision {twice}", expected="one value")
 
-    def precision_of(self, name: str) -> WeightFormat | None:
+    def precision_of(self, name: str) -> Kind | None:
+        """The kind of what a tensor of this full name is to be; None leaves it as the checkpoint has it."""
+        wanted = self.format_of(name)
+        return None if wanted is None else wanted.kind
+
+    def format_of(self, name: str) -> WeightFormat | None:
         """What a tensor of this full name is to be; None leaves it as the checkpoint has it."""
         role = role_of(name)
         if role not in (*ROLES, "other"):
             return None
         general = [
-            wanted for key, wanted in self.entries if key == DEFAULT and (role, wanted) != ("head", "fp8")
+            wanted
+            for key, wanted in self.entries
+            if key == DEFAULT and (role, wanted.kind) != ("head", "fp8")
         ]
         by_role = [wanted for key, wanted in self.entries if key == role]
         by_pattern = [wanted for key, wanted in self.entries if _is_pattern(key) and matches(name, key)]
@@ -66,7 +108,12 @@ class Precision:
     @property
     def asks_for_fp8(self) -> bool:
         """Whether an entry names something fp8."""
-        return any(wanted == "fp8" for _, wanted in self.entries)
+        return any(wanted.kind == "fp8" for _, wanted in self.entries)
+
+    @property
+    def block_sizes(self) -> set[tuple[int, int]]:
+        """The block sizes that entries name."""
+        return {wanted.block_size for _, wanted in self.entries if wanted.block_size is not None}
 
     def over(self, other: Precision) -> Precision:
         """Both, where `self` counts if the two say different things of one key."""
@@ -111,14 +158,14 @@ def check_followed(precision: Precision, names: Collection[str], reason: Callabl
     """
     check_patterns((key for key, _ in precision.entries if _is_pattern(key)), names)
     for key, wanted in precision.entries:
-        if wanted != "fp8" or key == DEFAULT:
+        if wanted.kind != "fp8" or key == DEFAULT:
             continue
         named = [name for name in names if (matches(name, key) if _is_pattern(key) else role_of(name) == key)]
         reasons = [reason(name) for name in named]
         if None not in reasons:
             raise BlockscaleError(
                 "nothing becomes FP8 by it",
-                where=f"precision {key}=fp8",
+                where=f"precision {key}={wanted}",
                 expected="linear weights",
                 got=f"{named[0]}: {reasons[0]}" if named else "no tensor of this role",
                 remedy="leave it out, or name something else",
@@ -128,7 +175,7 @@ def check_followed(precision: Precision, names: Collection[str], reason: Callabl
 def _entry(text: object) -> tuple[str, Any]:
     key, equals, wanted = str(text).rpartition("=")
     if not equals:
-        expected = f"ROLE={'|'.join(FORMATS)} or PATTERN={'|'.join(FORMATS)}"
+        expected = f"ROLE or PATTERN={' | '.join(_SPELLINGS)}"
         raise BlockscaleError("bad precision", expected=expected, got=repr(text))
     return key, wanted
 

@@ -11,12 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from blockscale.checkpoint.decide import FP8, SCALE_DTYPES, Signature, scale_of, skip_entry
+from blockscale.checkpoint.decide import FP8, SCALE_DTYPES, Signature, scale_of
 from blockscale.checkpoint.families import family_of, stored_block_size
 from blockscale.checkpoint.index import CheckpointIndex
 from blockscale.checkpoint.model_config import kept_fp8
 from blockscale.checkpoint.names import keep_reason, role_of, sharing_groups
 from blockscale.checkpoint.plan import signatures
+from blockscale.checkpoint.skip_list import skip_entry
 from blockscale.errors import BlockscaleError
 from blockscale.formats import (
     Quantization,
@@ -25,6 +26,7 @@ from blockscale.formats import (
     scale_name,
     scale_shape,
     scaled_weight_name,
+    spell_block_size,
 )
 
 _RAW = "raw FP8 without a scale, kept on request: not usable as a weight"
@@ -66,7 +68,7 @@ def structural_problems(
         problems.append(Problem("error", "config.json", "stale quantization_config: there is no FP8 tensor"))
         return quantization, problems
     problems += _scale_problems(tensors, fp8, quantization, config)
-    problems += _precision_problems(tensors)
+    problems += _precision_problems(tensors, quantization)
     problems += _skip_list_problems(tensors, quantization, config)
     return quantization, problems
 
@@ -92,7 +94,12 @@ def _scale_problems(
         if len(shape) not in (2, 3):
             problems.append(Problem("error", name, f"FP8 tensor is not a matrix: shape {list(shape)}"))
             continue
-        expected = scale_shape(shape, stored_block_size(quantization.fmt.block_size, shape, family))
+        try:
+            block = quantization.block_size_of(name)
+        except BlockscaleError as error:
+            problems.append(Problem("error", name, str(error)))
+            continue
+        expected = scale_shape(shape, stored_block_size(block, shape, family))
         if grid != expected:
             text = f"scale grid does not fit the block size: expected {list(expected)}, got {list(grid)}"
             problems.append(Problem("error", scale, text))
@@ -109,7 +116,7 @@ def _scale_problems(
     return problems
 
 
-def _precision_problems(tensors: Mapping[str, Signature]) -> list[Problem]:
+def _precision_problems(tensors: Mapping[str, Signature], quantization: Quantization) -> list[Problem]:
     problems = []
     for name, (dtype, _) in tensors.items():
         role = role_of(name)
@@ -123,7 +130,19 @@ def _precision_problems(tensors: Mapping[str, Signature]) -> list[Problem]:
             other = next(name for name, is_fp8 in kinds.items() if is_fp8)
             text = f"is {tensors[one][0]} but {other} is FP8; engines fuse the two"
             problems.append(Problem("error", one, text))
+        elif quantization.groups and all(kinds.values()):
+            problems += _shared_block_problems(group, quantization)
     return problems
+
+
+def _shared_block_problems(group: tuple[str, ...], quantization: Quantization) -> list[Problem]:
+    with suppress(BlockscaleError):  # told of the weight that has none
+        sizes = {name: spell_block_size(quantization.block_size_of(name)) for name in group}
+        other = next((name for name in group if sizes[name] != sizes[group[0]]), None)
+        if other is not None:
+            text = f"has blocks of {sizes[other]} but {group[0]} of {sizes[group[0]]}; engines fuse the two"
+            return [Problem("error", other, text)]
+    return []
 
 
 def _skip_list_problems(

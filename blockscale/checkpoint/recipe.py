@@ -5,13 +5,28 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal, cast
 
 import pydantic
 
 from blockscale.checkpoint.precision import AS_STORED, Precision, parse_precision
 from blockscale.errors import BlockscaleError
-from blockscale.formats import LAYOUTS, BlockFP8, Layout, ScaleFmt, parse_block_size, parse_scale_fmt
+from blockscale.formats import (
+    LAYOUTS,
+    BlockFP8,
+    Layout,
+    ScaleFmt,
+    parse_block_size,
+    parse_scale_fmt,
+    spell_block_size,
+)
+
+# A block size that is chosen by the values of the weights (`block_choice`).
+AUTO: Literal["auto"] = "auto"
+
+
+def _block_size(value: object) -> tuple[int, int] | Literal["auto"]:
+    return AUTO if value == AUTO else parse_block_size(value, or_else=AUTO)
 
 
 @dataclass(frozen=True)
@@ -20,7 +35,8 @@ class Recipe:
 
     Attributes:
         scale_fmt: "float32", or "ue8m0" for scales that are powers of two.
-        block_size: rows and columns that share a scale, as (128, 128) or "128x128".
+        block_size: rows and columns that share a scale, as (128, 128) or "128x128"; "auto" chooses them by
+            the values of the weights. A precision "fp8:64x64" has its own.
         layout: "deepseek" (weight_scale_inv) or "compressed-tensors" (weight_scale).
         include: if given, only tensors whose name or module path matches one of these patterns are quantized.
         exclude: tensors that match one of these patterns keep their precision.
@@ -31,7 +47,10 @@ class Recipe:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
     scale_fmt: ScaleFmt = "float32"
-    block_size: Annotated[tuple[int, int], pydantic.BeforeValidator(parse_block_size)] = (128, 128)
+    block_size: Annotated[tuple[int, int] | Literal["auto"], pydantic.BeforeValidator(_block_size)] = (
+        128,
+        128,
+    )
     layout: Layout = "deepseek"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -39,7 +58,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale_fmt", parse_scale_fmt(self.scale_fmt))
-        object.__setattr__(self, "block_size", parse_block_size(self.block_size))
+        object.__setattr__(self, "block_size", _block_size(self.block_size))
         object.__setattr__(self, "include", tuple(self.include))
         object.__setattr__(self, "exclude", tuple(self.exclude))
         object.__setattr__(self, "precision", parse_precision(self.precision))
@@ -48,7 +67,23 @@ class Recipe:
 
     @property
     def fmt(self) -> BlockFP8:
-        return BlockFP8(self.block_size, self.scale_fmt)
+        """The one format of all FP8 weights, for what has no place for several.
+
+        Raises:
+            BlockscaleError: the recipe asks for several block sizes, or for a choice among them.
+        """
+        named = {self.block_size} | self.precision.block_sizes
+        if len(named) > 1 or AUTO in named:
+            got = ", ".join(
+                AUTO if size == AUTO else spell_block_size(size) for size in sorted(named, key=str)
+            )
+            raise BlockscaleError(
+                "one block size is needed here",
+                expected="as 128x128",
+                got=got,
+                remedy="blockscale quantize writes a checkpoint with several",
+            )
+        return BlockFP8(cast("tuple[int, int]", self.block_size), self.scale_fmt)
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:

@@ -34,6 +34,7 @@ from blockscale.formats import (
     scale_name,
     scale_shape,
     scaled_weight_name,
+    spell_block_size,
 )
 
 OnRaggedSplit = Literal["refuse", "requantize"]
@@ -83,6 +84,13 @@ def plan_shards(
         raise BlockscaleError("bad number of ranks", expected="at least 1", got=world)
     tensors, config = read_index(source).tensors, read_config(source)
     quantization, fields = parse_quantization_config(config), ConfigFields(config)
+    if quantization is not None and quantization.groups:
+        raise BlockscaleError(
+            "cannot be divided: DeepSeek's inference code has one block size",
+            where=source.spec,
+            got=", ".join(map(spell_block_size, quantization.block_sizes)),
+            remedy="run blockscale dequantize, then quantize with one",
+        )
     model = _Model(world, fields, tensors, quantization.fmt if quantization is not None else None)
     _check_scales(model)
     places = {name: place_of(name) for name in tensors}

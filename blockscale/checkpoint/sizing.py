@@ -6,15 +6,18 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from blockscale.checkpoint.block_choice import BlockChoice, Chosen
+from blockscale.checkpoint.block_measure import choose_blocks
 from blockscale.checkpoint.decide import FP8, Signature, decide_quantize
-from blockscale.checkpoint.families import family_of, mtp_prefixes, stored_block_size
+from blockscale.checkpoint.families import family_of, mtp_prefixes
 from blockscale.checkpoint.index import read_index
 from blockscale.checkpoint.model_config import parse_config, read_config, without_quantization
 from blockscale.checkpoint.names import role_of
-from blockscale.checkpoint.plan import signatures
-from blockscale.checkpoint.recipe import Recipe
+from blockscale.checkpoint.plan import plan_quantize, signatures
+from blockscale.checkpoint.progress import Progress
+from blockscale.checkpoint.recipe import AUTO, Recipe
 from blockscale.checkpoint.shapes import parameters_of
-from blockscale.checkpoint.source import open_source
+from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import BlockscaleError
 from blockscale.formats import scale_shape, tensor_nbytes
 
@@ -66,6 +69,8 @@ class SizePlan:
         parameters: elements of the unquantized checkpoint.
         per_gpu: bytes of weights on one GPU for `parallelism`; KV cache and activations come on top.
         kept: reason -> tensors that stay as they are.
+        block_sizes: size -> how many weights have it.
+        block_choice: under the block size "auto", what was chosen for each weight and why.
         seconds: estimate at `rate` bytes of input per second, or None without a rate.
     """
 
@@ -82,6 +87,8 @@ class SizePlan:
     rate: float | None
     seconds: float | None
     warnings: tuple[str, ...]
+    block_sizes: dict[str, int]
+    block_choice: dict[str, Chosen] | None
 
 
 def plan_checkpoint(
@@ -91,23 +98,27 @@ def plan_checkpoint(
     parallelism: Parallelism | None = None,
     rate: float | None = None,
     revision: str | None = None,
+    progress: Progress | None = None,
 ) -> SizePlan:
-    """Plan the sizes of a quantized checkpoint.
+    """Plan the sizes of a quantized checkpoint. Nothing is loaded, unless block sizes are to be chosen.
 
     Args:
-        src: checkpoint folder, Hub id or URL (its headers are read); or a config.json, as path or parsed.
+        src: checkpoint folder, Hub id or URL (its headers are read, under the block size "auto" all its
+            linear weights); or a config.json, as path or parsed.
         recipe: as for `quantize_checkpoint`.
         parallelism: GPUs to plan the memory of; one by default.
         rate: bytes of input per second that the conversion is expected to run at.
         revision: of a Hub repository.
+        progress: told of what is read to choose block sizes.
 
     Raises:
-        BlockscaleError: nothing there, quantized already, or a config.json of a family whose shapes are
-            unknown.
+        BlockscaleError: nothing there, quantized already, a config.json of a family whose shapes are unknown,
+            or one alone where block sizes are to be chosen by the values of the weights.
     """
     recipe, parallelism = recipe or Recipe(), parallelism or Parallelism()
-    config, tensors, label = _read(src, revision)
-    decisions = decide_quantize(tensors, config, recipe)
+    config, tensors, label, source = _read(src, revision)
+    choice = _choice(source, recipe, progress)
+    decisions = decide_quantize(tensors, config, recipe, chosen=None if choice is None else choice.sizes)
     family, prefixes = family_of(config), mtp_prefixes(config)
     roles: dict[str, list[int]] = {}
     kept: dict[str, int] = {}
@@ -116,7 +127,7 @@ def plan_checkpoint(
         decision = decisions.by_name[name]
         before = after = tensor_nbytes(dtype, shape)
         if decision.action == "quantize":
-            grid = scale_shape(shape, stored_block_size(recipe.block_size, shape, family))
+            grid = scale_shape(shape, decisions.stored_block_size(name, shape, family))
             after = tensor_nbytes(FP8, shape) + tensor_nbytes("F32", grid)
         else:
             kept[decision.reason] = kept.get(decision.reason, 0) + 1
@@ -143,21 +154,36 @@ def plan_checkpoint(
         rate=rate,
         seconds=before / rate if rate else None,
         warnings=decisions.warnings,
+        block_sizes=decisions.block_sizes,
+        block_choice=None if choice is None else choice.tensors,
     )
+
+
+def _choice(source: Source | None, recipe: Recipe, progress: Progress | None) -> BlockChoice | None:
+    if recipe.block_size != AUTO:
+        return None
+    if source is None:
+        raise BlockscaleError(
+            "block sizes are chosen by the values of the weights",
+            where=f"block size {AUTO}",
+            expected="a checkpoint",
+            got="config.json alone",
+        )
+    return choose_blocks(plan_quantize(source, recipe), source, recipe, progress=progress)
 
 
 def _read(
     src: str | os.PathLike[str] | dict[str, Any], revision: str | None
-) -> tuple[dict[str, Any], dict[str, Signature], str]:
+) -> tuple[dict[str, Any], dict[str, Signature], str, Source | None]:
     # A bare config plans the model it describes; DeepSeek publishes only the one of its FP8 checkpoint.
     if isinstance(src, dict):
         config, label = without_quantization(src), "config"
-        return config, parameters_of(config), label
+        return config, parameters_of(config), label, None
     label = os.fspath(src)
     if os.path.isfile(label):
         folder, name = os.path.split(os.path.abspath(label))
         config = parse_config(open_source(folder).read(name), label)
         config = without_quantization(config)
-        return config, parameters_of(config), label
+        return config, parameters_of(config), label, None
     source = open_source(label, revision)
-    return read_config(source), signatures(read_index(source)), source.spec
+    return read_config(source), signatures(read_index(source)), source.spec, source

@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 
 from blockscale import ops
-from blockscale.checkpoint.decide import SCALE_DTYPES
-from blockscale.checkpoint.index import TensorEntry
 from blockscale.checkpoint.lanes import STRIP_VALUES, Lanes, Part, Tensors, Work, through
 from blockscale.checkpoint.plan import Task
+from blockscale.checkpoint.rounded import Rounded
+from blockscale.checkpoint.scales import per_expert, read_scale
 from blockscale.checkpoint.source import Source
 from blockscale.checkpoint.strips import (
     CHUNK_BYTES,
@@ -29,6 +29,7 @@ from blockscale.checkpoint.strips import (
     cut,
     dtype_of,
     nonfinite_of,
+    open_reader,
     read_codes,
     read_into,
     rows_of,
@@ -54,6 +55,7 @@ class Job:
         scale_fmt: format of the scales that quantizing writes.
         on_nonfinite: what NaN codes in a weight to be dequantized do (quantizing always refuses).
         device: where the arithmetic runs: "cpu" or "cuda".
+        rounded: weights that are rounded already; their codes and scales are taken over.
         lanes: to that device and back; None to compute in place. The engine opens them.
         tick: called with the bytes read after each strip; may raise to stop the run.
     """
@@ -62,6 +64,7 @@ class Job:
     scale_fmt: ScaleFmt = "float32"
     on_nonfinite: Literal["error", "keep"] = "error"
     device: str = "cpu"
+    rounded: Rounded | None = None
     lanes: Lanes | None = None
     tick: Callable[[int], None] = lambda _: None
 
@@ -79,6 +82,8 @@ def _quantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[st
     quantized = _quantized if job.lanes is None else _quantized_there
     if task.action == "requantize":
         quantized = _requantized
+    elif job.rounded is not None and task.source.name in job.rounded.weights:
+        quantized = _taken_over
     for span, codes in quantized(task, reader, per_expert(scale), job):
         data = tensor_bytes(codes)
         digest.update(data)
@@ -100,6 +105,18 @@ def _quantized(task: Task, reader: Reader, grid: torch.Tensor, job: Job) -> Stri
         except NonFiniteError as error:
             raise nonfinite_of(task.source, reader) or error from None
         yield span, codes
+
+
+def _taken_over(task: Task, reader: Reader, grid: torch.Tensor, job: Job) -> Strips:
+    """As `_quantized`, of a weight that is rounded already: the source is not read."""
+    assert job.rounded is not None
+    weight = job.rounded.weights[task.source.name]
+    grid.copy_(per_expert(read_scale(weight.scale, job.rounded.folder)))
+    with open_reader(job.rounded.path(weight.codes)) as own:
+        for span, codes in strips(weight.codes, own):
+            if ops.find_nonfinite(codes)[0]:
+                raise job.rounded.refusal("rounded weight has NaN codes", weight.codes)
+            yield span, codes
 
 
 def _requantized(task: Task, reader: Reader, grid: torch.Tensor, job: Job) -> Strips:
@@ -239,43 +256,6 @@ def _grid_rows(span: Span, task: Task) -> slice:
     """The rows of the scale grid that belong to a strip."""
     block_n = task.block_size[0]
     return slice(span.row // block_n, math.ceil((span.row + span.rows) / block_n))
-
-
-def read_scale(entry: TensorEntry, source: Source) -> torch.Tensor:
-    """Read a scale from whatever shard holds it, as float32.
-
-    Raises:
-        CorruptCheckpointError: a wrong dtype, or a scale that is not a positive finite number.
-    """
-    dtype = SAFETENSORS_DTYPES[entry.dtype] if entry.dtype in SCALE_DTYPES else None
-    if dtype is None:
-        raise CorruptCheckpointError(
-            "scale has a wrong dtype", where=entry.name, expected=" | ".join(SCALE_DTYPES), got=entry.dtype
-        )
-    raw = bytearray(source.read(entry.file, entry.start, entry.nbytes))
-    if len(raw) != entry.nbytes:
-        raise CorruptCheckpointError(
-            "file became shorter while it was read", where=entry.file, remedy="fetch the file again"
-        )
-    scale = (
-        (torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype))
-        .reshape(entry.shape)
-        .float()
-    )
-    bad = ~(torch.isfinite(scale) & (scale > 0))
-    if bad.any():
-        position = bad.nonzero()[0].tolist()
-        raise CorruptCheckpointError(
-            f"{int(bad.sum())} scales are not positive finite numbers",
-            where=f"{entry.name} in {entry.file}",
-            got=f"{scale[tuple(position)].item()} at {position}",
-        )
-    return scale
-
-
-def per_expert(scale: torch.Tensor) -> torch.Tensor:
-    """A scale grid, of 2-D or fused 3-D weights, as (experts, rows, columns)."""
-    return scale.view(math.prod(scale.shape[:-2]), *scale.shape[-2:])
 
 
 def _copy(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:

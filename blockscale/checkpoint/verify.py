@@ -45,6 +45,7 @@ class Verification:
         checksums: how many matched the manifest; None without a manifest.
         compared: how many were compared with the source; None without one.
         errors: per FP8 weight compared, worst first.
+        calibrated: how many FP8 weights were rounded by calibration, as the manifest says.
         problems: empty if all is well.
     """
 
@@ -54,6 +55,7 @@ class Verification:
     checksums: int | None
     compared: int | None
     errors: tuple[TensorError, ...]
+    calibrated: int
     problems: tuple[Problem, ...]
 
     @property
@@ -126,6 +128,7 @@ def verify_checkpoint(
         checksums=None if manifest is None else sum(name in hashes for name in side.index.tensors),
         compared=None if other is None else sum(name in other.index.tensors for name in side.index.tensors),
         errors=tuple(sorted(errors, key=lambda error: -error.relative)),
+        calibrated=sum(entry.name in side.calibrated for entry in side.index.tensors.values()),
         problems=tuple(sorted(problems, key=lambda problem: problem.severity)),
     )
 
@@ -243,7 +246,7 @@ def _check_tensor(
     # What is known to be wrong already would only be told again, in other words.
     known = nan or broken & {entry.name, scale_of(entry.name, side.index.tensors)}
     raw = twin is not None and twin.dtype == FP8  # without a block size, FP8 can still equal FP8
-    known = known or (entry.dtype == FP8 and side.block_size is None and not raw)
+    known = known or (entry.dtype == FP8 and side.quantization is None and not raw)
     if twin is not None and other is not None and not known:
         try:
             twin_reader = readers[other.source.spec, twin.file]

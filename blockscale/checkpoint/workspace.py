@@ -1,9 +1,10 @@
 """The destination of a conversion: one writer at a time, and a journal to resume from.
 
 While a run is under way everything lies in `DST/.blockscale/`: a lock, `journal.jsonl`, and `staging/` with
-the shards. A shard is journaled after it is complete and synced. The commit (`commit`) is journaled before
-the first file moves to its final name, config.json moves last, and the folder `.blockscale/` goes away at the
-end: killed at any moment, the same command goes on from what the journal says.
+the shards; with a rounder also `rounded/`, what it has rounded for them. A shard is journaled after it is
+complete and synced. The commit (`commit`) is journaled before the first file moves to its final name,
+config.json moves last, and the folder `.blockscale/` goes away at the end: killed at any moment, the same
+command goes on from what the journal says.
 
 A remote destination has its lock and journal in the local cache (`journal`); each finished shard is uploaded
 to `DST/.blockscale/` (`remote`) and removed here. A Hub repository is remote too, but knows commits: all
@@ -22,12 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from blockscale.checkpoint import remote
+from blockscale.checkpoint.block_choice import BlockChoice
 from blockscale.checkpoint.existing import refuse_occupied
 from blockscale.checkpoint.hub import GIVEN_FILES, HubTarget, hub_path, open_branch
+from blockscale.checkpoint.index import parse_object
 from blockscale.checkpoint.journal import append_record, lock_folder, read_records, work_folder
+from blockscale.checkpoint.plan import MANIFEST_NAME
 from blockscale.checkpoint.source import Source, resolve
 from blockscale.checkpoint.writer import sync_folder, write_synced
-from blockscale.errors import BlockscaleError
+from blockscale.errors import BlockscaleError, CorruptCheckpointError
+
+JOURNAL = "journal.jsonl"
+# In the first record of a journal, and in the manifest of a result.
+CHOICE_KEY = "block_choice"
 
 
 @dataclass
@@ -65,6 +73,12 @@ class Workspace:
         return self.target.is_local or self.repository is not None
 
     @property
+    def has_work(self) -> bool:
+        """Whether there is something for a later run to go on with."""
+        rounded = self.rounded.is_dir() and any(self.rounded.iterdir())
+        return rounded or bool(self.done) or self.committing
+
+    @property
     def staging(self) -> Path:
         return self.folder / "staging"
 
@@ -74,8 +88,13 @@ class Workspace:
         return self.folder / "attempts"
 
     @property
+    def rounded(self) -> Path:
+        """Where a rounder writes, and finds in the next run what it has finished."""
+        return self.folder / "rounded"
+
+    @property
     def journal(self) -> Path:
-        return self.folder / "journal.jsonl"
+        return self.folder / JOURNAL
 
 
 def resolve_target(dst: str | os.PathLike[str]) -> tuple[Source, HubTarget | None]:
@@ -93,7 +112,12 @@ def resolve_target(dst: str | os.PathLike[str]) -> tuple[Source, HubTarget | Non
 
 @contextmanager
 def open_workspace(
-    dst: str | os.PathLike[str], digest: str, files: Collection[str], *, overwrite: bool
+    dst: str | os.PathLike[str],
+    digest: str,
+    files: Collection[str],
+    *,
+    overwrite: bool,
+    choice: dict[str, Any] | None = None,
 ) -> Iterator[Workspace]:
     """Lock the destination for the plan with this digest, and find what is done already.
 
@@ -102,6 +126,7 @@ def open_workspace(
         digest: of the plan.
         files: names of all files of the result, none of which may be there already.
         overwrite: they may, and so may another checkpoint or an unfinished run of another plan.
+        choice: what `recorded_choice` is to give to later runs.
 
     Raises:
         BusyError: another run holds the lock.
@@ -123,12 +148,13 @@ def open_workspace(
             shutil.rmtree(folder)
         elif not workspace.journal.exists():
             workspace.staging.mkdir(parents=True, exist_ok=True)
-            append_record(workspace.journal, {"plan": digest, "run": workspace.run})
+            told = {} if choice is None else {CHOICE_KEY: choice}
+            append_record(workspace.journal, {"plan": digest, "run": workspace.run, **told})
             _claim(workspace, overwrite)
         yield workspace
     except BaseException:
         # Leave nothing behind that the next run could not use; what an earlier run finished stays.
-        if ours and not workspace.done and not workspace.committing:
+        if ours and not workspace.has_work:
             if workspace.claimed:
                 with suppress(BlockscaleError):
                     remote.clear(target)
@@ -139,6 +165,29 @@ def open_workspace(
         raise
     finally:
         os.close(lock)
+
+
+def recorded_choice(dst: str | os.PathLike[str], plan: str) -> BlockChoice | None:
+    """The block sizes that an unfinished run, or the finished result, has recorded at a destination.
+
+    Args:
+        dst: the destination; it need not exist.
+        plan: digest of the plan before the choice; None is the answer where those recorded are of another.
+    """
+    target, _ = resolve_target(dst)
+    journal = work_folder(target) / JOURNAL
+    if journal.exists():
+        with journal.open("rb") as file:
+            raw = file.readline()
+    elif target.fs.exists(target.root) and target.exists(MANIFEST_NAME):
+        raw = target.read(MANIFEST_NAME)
+    else:
+        return None
+    with suppress(CorruptCheckpointError):  # a torn record, or no result of ours
+        choice = parse_object(raw, JOURNAL).get(CHOICE_KEY)
+        if isinstance(choice, dict) and choice.get("plan") == plan:
+            return BlockChoice.from_record(choice)
+    return None
 
 
 def finish_shard(workspace: Workspace, file: str, record: dict[str, Any]) -> None:
@@ -180,6 +229,7 @@ def _load_journal(workspace: Workspace, digest: str, overwrite: bool) -> None:
         workspace.journal.unlink(missing_ok=True)
         shutil.rmtree(workspace.staging, ignore_errors=True)
         shutil.rmtree(workspace.attempts, ignore_errors=True)
+        shutil.rmtree(workspace.rounded, ignore_errors=True)
         return
     workspace.run = records[0].get("run", "")
     _claim(workspace, overwrite)

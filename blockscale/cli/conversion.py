@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from blockscale.cli import console
+from blockscale.wording import size
 
 if TYPE_CHECKING:
     from blockscale.checkpoint.convert import ConversionReport
@@ -19,9 +20,10 @@ def print_report(report: ConversionReport, *, as_json: bool) -> None:
     if report.already_complete:
         console.out.print(f"{report.destination} is complete already: nothing to do")
         return
-    sizes = f"{console.gigabytes(report.input_bytes)} -> {console.gigabytes(report.output_bytes)}"
-    rate = console.gigabytes(report.input_bytes / report.seconds)
+    sizes = f"{size(report.input_bytes)} -> {size(report.output_bytes)}"
+    rate = size(report.input_bytes / report.seconds)
     console.out.print(f"{_done(report)}: {sizes} in {console.seconds(report.seconds)} ({rate}/s)")
+    console.print_block_sizes(report.block_sizes)
     if report.resumed_shards:
         console.out.print(
             f"{report.resumed_shards} of {report.shards} shards were finished by an earlier run"

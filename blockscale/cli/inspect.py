@@ -5,11 +5,13 @@ from __future__ import annotations
 from rich.table import Table
 
 from blockscale.cli import console, options
+from blockscale.wording import size
 
 
 def command(src: options.Src, revision: options.Revision = None, json: options.Json = False) -> None:
     """Show what a checkpoint holds by role and dtype, the quantization found, and problems."""
     from blockscale.checkpoint.inspect import inspect_checkpoint
+    from blockscale.formats import spell_block_size
 
     found = inspect_checkpoint(src, revision=revision)
     if json:
@@ -22,10 +24,10 @@ def command(src: options.Src, revision: options.Revision = None, json: options.J
     for heading in ("role", "dtype", "tensors", "parameters", "size"):
         table.add_column(heading, justify="left" if heading in ("role", "dtype") else "right")
     for count in found.counts:
-        size = console.gigabytes(count.nbytes)
-        table.add_row(count.role, count.dtype, f"{count.tensors:,}", f"{count.parameters:,}", size)
+        numbers = f"{count.tensors:,}", f"{count.parameters:,}", size(count.nbytes)
+        table.add_row(count.role, count.dtype, *numbers)
     table.add_section()
-    table.add_row("total", "", "", f"{found.parameters:,}", console.gigabytes(found.nbytes))
+    table.add_row("total", "", "", f"{found.parameters:,}", size(found.nbytes))
     console.out.print(table)
     if not found.known_model_type:
         console.warn((f"model_type {found.model_type!r} is not known: roles are by name only",))
@@ -33,7 +35,7 @@ def command(src: options.Src, revision: options.Revision = None, json: options.J
     if quantization is None:
         console.out.print("quantization: none in config.json")
     else:
-        block = "x".join(map(str, quantization.fmt.block_size))
+        block = ", ".join(map(spell_block_size, quantization.block_sizes))
         named = f"{quantization.layout} layout, blocks {block}, scale_fmt {quantization.fmt.scale_fmt}"
         console.out.print(f"quantization: {named}, {len(quantization.skip)} modules on the skip list")
     if found.power_of_two_scales is not None and found.scales:

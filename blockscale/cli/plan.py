@@ -9,6 +9,7 @@ from rich.table import Table
 
 from blockscale.cli import console, options
 from blockscale.cli.recipe import build_recipe
+from blockscale.wording import size
 
 if TYPE_CHECKING:
     from blockscale.checkpoint.sizing import SizePlan
@@ -19,7 +20,9 @@ _ASSUMED_RATE = 0.4
 
 def command(
     src: Annotated[str, typer.Argument(help="Checkpoint folder, Hub repo id, fsspec URL, or a config.json.")],
+    scale_fmt: options.ScaleFmt = None,
     block_size: options.BlockSize = None,
+    layout: options.Layout = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     precision: options.Precision = None,
@@ -34,11 +37,18 @@ def command(
     revision: options.Revision = None,
     json: options.Json = False,
 ) -> None:
-    """Plan sizes, memory per GPU and time, from headers or from a config.json alone."""
+    """Plan sizes, memory per GPU and time, from headers or from a config.json alone.
+
+    Only with --block-size auto the weights are read too.
+    """
     from blockscale.checkpoint.sizing import Parallelism, plan_checkpoint
 
-    recipe = build_recipe(recipe_file, None, block_size, None, include, exclude, precision)
-    plan = plan_checkpoint(src, recipe, parallelism=Parallelism(tp, ep), rate=rate * 1e9, revision=revision)
+    recipe = build_recipe(recipe_file, scale_fmt, block_size, layout, include, exclude, precision)
+    parallelism = Parallelism(tp, ep)
+    with console.progress(quiet=json) as progress:
+        plan = plan_checkpoint(
+            src, recipe, parallelism=parallelism, rate=rate * 1e9, revision=revision, progress=progress
+        )
     print_plan(plan, as_json=json)
 
 
@@ -54,13 +64,11 @@ def print_plan(plan: SizePlan, *, as_json: bool) -> None:
     for heading in ("role", "tensors", "quantized", "before", "after"):
         table.add_column(heading, justify="left" if heading == "role" else "right")
     for role in plan.roles:
-        sizes = console.gigabytes(role.before), console.gigabytes(role.after)
+        sizes = size(role.before), size(role.after)
         table.add_row(role.role, f"{role.tensors:,}", f"{role.quantized:,}", *sizes)
     table.add_section()
     totals = (sum(role.tensors for role in plan.roles), sum(role.quantized for role in plan.roles))
-    table.add_row(
-        "total", *(f"{n:,}" for n in totals), console.gigabytes(plan.before), console.gigabytes(plan.after)
-    )
+    table.add_row("total", *(f"{n:,}" for n in totals), size(plan.before), size(plan.after))
     console.out.print(table)
     saved = 1 - plan.after / plan.before if plan.before else 0.0
     console.out.print(f"{plan.before:,} -> {plan.after:,} tensor bytes, {saved:.1%} saved")
@@ -68,11 +76,10 @@ def print_plan(plan: SizePlan, *, as_json: bool) -> None:
         rest = plan.after - plan.mtp_after
         console.out.print(f"of these {plan.mtp_after:,} in the MTP module, {rest:,} without it")
     gpus = f"TP {plan.parallelism.tensor}, EP {plan.parallelism.expert or plan.parallelism.tensor}"
-    console.out.print(
-        f"weights on each GPU ({gpus}): {console.gigabytes(plan.per_gpu)}; KV cache comes on top"
-    )
+    console.out.print(f"weights on each GPU ({gpus}): {size(plan.per_gpu)}; KV cache comes on top")
     if plan.seconds is not None and plan.rate is not None:
-        assumed = f"at {console.gigabytes(plan.rate)}/s of input"
+        assumed = f"at {size(plan.rate)}/s of input"
         console.out.print(f"estimated time: {console.seconds(plan.seconds)} {assumed} (--rate)")
+    console.print_block_sizes(plan.block_sizes)
     for reason, count in plan.kept.items():
         console.out.print(f"kept: {count:,} tensors, {reason}")

@@ -23,11 +23,10 @@ def build_recipe(
     """Read the recipe file, if there is one; an option that was given replaces the file's entry."""
     from blockscale.checkpoint.precision import parse_precision
     from blockscale.checkpoint.recipe import Recipe, read_recipe
-    from blockscale.formats import parse_block_size
 
     given: dict[str, Any] = {
         "scale_fmt": scale_fmt and scale_fmt.value,
-        "block_size": block_size and parse_block_size(block_size),
+        "block_size": block_size,
         "layout": layout and layout.value,
         "include": include and tuple(include),
         "exclude": exclude and tuple(exclude),

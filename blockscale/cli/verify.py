@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from blockscale.cli import console, options
+from blockscale.wording import size
 
 
 def command(
@@ -26,7 +27,7 @@ def command(
     if json:
         console.print_json({**vars(result), "ok": result.ok, "relative_error": result.relative_error})
     else:
-        console.out.print(f"{result.tensors} tensors read back, {console.gigabytes(result.nbytes)}")
+        console.out.print(f"{result.tensors} tensors read back, {size(result.nbytes)}")
         sums = (
             "no manifest, so no checksums"
             if result.checksums is None
@@ -41,6 +42,8 @@ def command(
                 f"relative error of FP8 weights {result.relative_error:.3%} (root mean square over tensors)"
             )
             console.out.print(f"{mean}, worst {worst.relative:.3%} in {worst.name}")
+        if result.calibrated:
+            console.out.print(f"{result.calibrated} FP8 weights calibrated, not rounded to the nearest code")
         console.print_problems(result.problems)
         console.out.print("OK" if result.ok else "NOT OK")
     if not result.ok:

@@ -61,7 +61,7 @@ class BlockscaleConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.compute: Compute = compute
         self.quantize = False if recipe is None else _spelled(recipe)
-        self.weight_block_size = None if recipe is None else list(recipe.block_size)
+        self.weight_block_size = None if recipe is None else list(recipe.fmt.block_size)
         self.scale_fmt = None if recipe is None else recipe.scale_fmt
         self.modules_to_not_convert: list[str] = []
 
@@ -136,8 +136,8 @@ def _spelled(recipe: Recipe) -> dict[str, Any]:
     """The fields that have a meaning here, as JSON has them and `_recipe` reads them."""
     return {
         "scale_fmt": recipe.scale_fmt,
-        "block_size": list(recipe.block_size),
+        "block_size": list(recipe.fmt.block_size),
         "include": list(recipe.include),
         "exclude": list(recipe.exclude),
-        "precision": dict(recipe.precision.entries),
+        "precision": {key: str(wanted) for key, wanted in recipe.precision.entries},
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError
 from blockscale.formats import parse_quantization_config
 from blockscale.huggingface.config import BlockscaleConfig, not_quantized
@@ -53,6 +54,37 @@ def load_model(
         return loader.from_pretrained(path, quantization_config=config, **options)
     model_config.quantization_config = _stored_entry(path, entry, config)
     return loader.from_pretrained(path, config=model_config, **options)
+
+
+def load_as_stored(source: Source, revision: str | None = None, dtype: Any = "auto") -> Any:
+    """A model of transformers on the CPU, in evaluation mode, of a checkpoint that is not quantized.
+
+    Args:
+        source: local folder or Hub repository.
+        revision: of a Hub repository, if its name does not say.
+        dtype: of the weights; by default as they are stored.
+
+    Raises:
+        BlockscaleError: a source that transformers does not read.
+    """
+    place, options = local_or_hub(source, revision)
+    return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options).eval()
+
+
+def local_or_hub(source: Source, revision: str | None = None) -> tuple[str, dict[str, str]]:
+    """What transformers calls a source: a path or repository, and the revision.
+
+    Raises:
+        BlockscaleError: it is neither.
+    """
+    if source.is_local:
+        return source.root, {}
+    if "://" in source.spec:
+        expected = "a local folder or a Hub repository"
+        raise BlockscaleError("transformers reads no URLs", where=source.spec, expected=expected)
+    place, _, named = source.spec.partition("@")
+    revision = named or revision
+    return place, {"revision": revision} if revision else {}
 
 
 def _stored_entry(path: object, entry: Any, config: BlockscaleConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from blockscale.checkpoint.model_config import CONFIG_NAME, parse_config
 from blockscale.errors import BlockscaleError
-from blockscale.formats import QUANTIZATION_KEYS, parse_quantization_config
+from blockscale.formats import QUANTIZATION_KEYS, parse_quantization_config, spell_block_size
 from blockscale.model.architecture import ModelConfig, Yarn, checked_config
 from blockscale.model.model_args import MODEL_ARGS, from_deepseek, gives_precision, with_precision
 
@@ -240,5 +240,13 @@ def _quantization(values: Mapping[str, Any]) -> dict[str, Any]:
     quantization = parse_quantization_config(dict(values))
     if quantization is None:
         return {}
+    if quantization.groups:
+        raise BlockscaleError(
+            "model with several block sizes cannot be run",
+            where="config.json quantization_config",
+            expected="one",
+            got=", ".join(map(spell_block_size, quantization.block_sizes)),
+            remedy="run blockscale dequantize, then quantize with one",
+        )
     fmt = quantization.fmt
     return {"dtype": "fp8", "scale_fmt": fmt.scale_fmt, "weight_block_size": fmt.block_size}

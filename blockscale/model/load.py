@@ -18,7 +18,7 @@ from blockscale.checkpoint.precision import AS_STORED, Precision, check_followed
 from blockscale.checkpoint.ranks import read_rank_index, world_size_of
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import BlockscaleError
-from blockscale.formats import BlockFP8
+from blockscale.formats import BlockFP8, spell_block_size
 from blockscale.model.architecture import ModelConfig
 from blockscale.model.config import from_huggingface, load_config
 from blockscale.model.linear import Compute
@@ -187,6 +187,10 @@ def _own_config(source: Source) -> ModelConfig | None:
 def _check_precision(precision: Precision, weights: Weights) -> None:
     if not precision.entries:
         return
+    usual = weights.fmt.block_size
+    for other in precision.block_sizes - {usual}:
+        expected, got = spell_block_size(usual), spell_block_size(other)
+        raise BlockscaleError("a model has one block size", where="precision", expected=expected, got=got)
     # A rank knows the names of its own experts only.
     everywhere = weights.ranks.gather(list(weights.store.tensors))
     names = dict.fromkeys(name for each in everywhere for name in each)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from blockscale.checkpoint.precision import FORMATS, Precision
+from blockscale.checkpoint.precision import KINDS, Precision
 from blockscale.errors import BlockscaleError
 from blockscale.model.architecture import ModelConfig, checked_config
 
@@ -96,7 +96,7 @@ def from_deepseek(
 
 def gives_precision(values: Mapping[str, Any]) -> bool:
     """Whether a parsed file sets precisions: one in place of a size, or nothing but what they are made of."""
-    return any(values.get(name) in FORMATS for name in SIZED_ROLES) or (
+    return any(values.get(name) in KINDS for name in SIZED_ROLES) or (
         "dtype" in values and values.keys() <= _NO_SIZES
     )
 
@@ -116,7 +116,7 @@ def with_precision(values: Mapping[str, Any], own: ModelConfig | None, *, where:
     Raises:
         BlockscaleError: there is no config.json to take sizes from, or `from_deepseek` refuses the rest.
     """
-    roles = {name: role for name, role in SIZED_ROLES.items() if values.get(name) in FORMATS}
+    roles = {name: role for name, role in SIZED_ROLES.items() if values.get(name) in KINDS}
     if own is None:
         raise BlockscaleError(
             f"{next(iter(roles), 'dtype')} is a precision, and sizes are missing",

@@ -11,6 +11,24 @@ from blockscale.errors import BlockscaleError
 Message = dict[str, str]  # "role" and "content"
 
 
+def load_tokenizer(folder: str | os.PathLike[str], revision: str | None = None) -> Any:
+    """The tokenizer of a checkpoint, as transformers has it.
+
+    Raises:
+        BlockscaleError: transformers is not installed, or the folder has no tokenizer.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        remedy = "pip install 'blockscale[generate]'"
+        raise BlockscaleError("tokenizers need the package transformers", remedy=remedy) from error
+    try:
+        return AutoTokenizer.from_pretrained(folder, revision=revision)
+    except (OSError, ValueError) as error:
+        expected = "tokenizer.json and tokenizer_config.json"
+        raise BlockscaleError("no tokenizer", where=folder, expected=expected, got=error) from error
+
+
 class Tokenizer:
     """The tokenizer of a checkpoint folder."""
 
@@ -20,16 +38,7 @@ class Tokenizer:
         Raises:
             BlockscaleError: transformers is not installed, or the folder has no tokenizer.
         """
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            remedy = "pip install 'blockscale[generate]'"
-            raise BlockscaleError("tokenizers need the package transformers", remedy=remedy) from error
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, revision=revision)
-        except (OSError, ValueError) as error:
-            expected = "tokenizer.json and tokenizer_config.json"
-            raise BlockscaleError("no tokenizer", where=folder, expected=expected, got=error) from error
+        self._tokenizer = load_tokenizer(folder, revision)
 
     @property
     def end(self) -> int | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rounders import StepUp  # beside this script
 
 from blockscale import Recipe, RunOptions, dequantize_checkpoint, ops, quantize_checkpoint
 from blockscale.checkpoint import commit, engine, workspace
@@ -72,7 +73,9 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     run = RunOptions(workers=request["workers"], overwrite=request["overwrite"])
     try:
         if request["command"] == "quantize":
-            report = quantize_checkpoint(request["src"], request["dst"], Recipe(**request["recipe"]), run=run)
+            rounder = StepUp(Path(request["src"])) if request["rounder"] else None
+            recipe = Recipe(**request["recipe"])
+            report = quantize_checkpoint(request["src"], request["dst"], recipe, run=run, rounder=rounder)
         elif request["command"] == "convert":
             report = shard_checkpoint(request["src"], request["dst"], 2, run=run)
         else:

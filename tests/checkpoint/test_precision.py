@@ -96,9 +96,18 @@ def test_one_over_another_counts_where_both_speak():
             "precision 'router': role is never quantized and has no precision to set (expected attention | "
             "dense_mlp | shared_experts | experts | head | default, or a pattern with a dot or a wildcard)",
         ),
-        ({"experts": "int4"}, "precision experts: unknown precision (expected fp8 | bf16, got 'int4')"),
-        ({"experts": ["fp8"]}, "precision experts: unknown precision (expected fp8 | bf16, got ['fp8'])"),
-        (["experts"], "bad precision (expected ROLE=fp8|bf16 or PATTERN=fp8|bf16, got 'experts')"),
+        (
+            {"experts": "int4"},
+            "precision experts: unknown precision (expected fp8 | fp8:ROWSxCOLUMNS | bf16, got 'int4')",
+        ),
+        (
+            {"experts": ["fp8"]},
+            "precision experts: unknown precision (expected fp8 | fp8:ROWSxCOLUMNS | bf16, got ['fp8'])",
+        ),
+        (
+            ["experts"],
+            "bad precision (expected ROLE or PATTERN=fp8 | fp8:ROWSxCOLUMNS | bf16, got 'experts')",
+        ),
         (["experts=fp8", "experts=bf16"], "precision experts: given twice (expected one value)"),
         ("fp8", """bad precision (expected a mapping, as {"experts": "fp8"}, got 'fp8')"""),
     ],

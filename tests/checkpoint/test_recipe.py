@@ -247,11 +247,11 @@ def test_values_that_are_not_finite_in_what_is_kept_anyway_are_no_fault(tmp_path
         ),
         (
             lambda: Recipe(block_size="0x128"),
-            "bad block size (expected two positive integers, as 128x128, got '0x128')",
+            "bad block size (expected two positive integers, as 128x128, or auto, got '0x128')",
         ),
         (
             lambda: Recipe(block_size=(128, -1)),
-            "bad block size (expected two positive integers, as 128x128, got (128, -1))",
+            "bad block size (expected two positive integers, as 128x128, or auto, got (128, -1))",
         ),
     ],
 )

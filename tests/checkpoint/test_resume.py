@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,38 +10,7 @@ from blockscale.checkpoint.source import open_source
 from blockscale.errors import BlockscaleError
 from tests import data
 
-RECIPE = {"scale_fmt": "ue8m0"}
 FILES = {"tokenizer.json": b"{}", "assets/logo.png": b"\x89PNG"}
-
-
-@pytest.fixture(scope="module")
-def crash():
-    """Sends requests to a process of its own that converts in forked children (crash.py)."""
-    command = [sys.executable, str(Path(__file__).with_name("crash.py"))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-        def ask(
-            src,
-            dst,
-            *,
-            command="quantize",
-            workers=1,
-            overwrite=False,
-            recipe=None,
-            kill_at=None,
-            records=None,
-        ):
-            request = {"command": command, "src": str(src), "dst": str(dst), "workers": workers}
-            request |= {"overwrite": overwrite, "recipe": RECIPE if recipe is None else recipe}
-            request |= {"kill_at": kill_at, "kill_after_records": records}
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-            assert answer, "the crash process is gone"
-            return json.loads(answer)
-
-        yield ask
-        process.stdin.close()
 
 
 @pytest.fixture(scope="module")

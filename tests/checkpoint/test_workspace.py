@@ -203,7 +203,7 @@ def test_progress_counts_what_this_run_does(source, out, monkeypatch):
 
     whole, rest = Counts(), Counts()
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "_stage_rest", fail)
+        patch.setattr(convert, "stage_rest", fail)
         with pytest.raises(KeyboardInterrupt):
             quantize_checkpoint(source, out, run=RunOptions(progress=whole))
     (out / ".blockscale" / "staging" / "model-00002-of-00003.safetensors").unlink()

@@ -199,3 +199,9 @@ def test_without_transformers():
 def test_the_package_is_imported_without_transformers():
     code = "import sys, blockscale.huggingface; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("recipe", [{"block_size": "auto"}, {"precision": {"*.q_proj": "fp8:64x64"}}])
+def test_several_block_sizes_and_a_choice_among_them(recipe):
+    with pytest.raises(BlockscaleError, match="one block size is needed here"):
+        huggingface.BlockscaleConfig(quantize=recipe)

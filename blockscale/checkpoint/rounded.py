@@ -1,0 +1,215 @@
+"""Weights that somebody else rounds, by more than their values alone: calibrated rounding.
+
+The converter rounds every value to the nearest code. A `Rounder` may do better, for it knows what the weights
+are multiplied with. It leaves safetensors files in a folder of the run, of any names and any number,
+
+    <name>              float8_e4m3fn (N, K) or (E, N, K), the shape of the weight
+    <name>_scale_inv    float32, its scale grid
+
+whatever the layout of the result, and the converter takes codes and scales over as they are, strip by strip.
+The folder stays where a run is interrupted and goes away with the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from blockscale.checkpoint.decide import FP8
+from blockscale.checkpoint.index import TensorEntry, parse_object, read_header
+from blockscale.checkpoint.plan import MANIFEST_NAME, ConversionPlan
+from blockscale.checkpoint.progress import Progress
+from blockscale.checkpoint.scales import read_scale
+from blockscale.checkpoint.source import Source, open_source
+from blockscale.errors import CorruptCheckpointError
+from blockscale.formats import BlockFP8, ScaleFmt, scale_name
+from blockscale.reference import is_power_of_two
+
+# In the options of a plan, and in the manifest of a result: the names of the weights.
+CALIBRATION_KEY, CALIBRATED_KEY = "calibration", "calibrated"
+_REMEDY = "remove the file and run the same command again"
+
+
+class Rounder(Protocol):
+    """Rounds weights of a checkpoint before it is converted."""
+
+    def settings(self) -> dict[str, Any]:
+        """All that its result depends on beside the checkpoint and the formats, as JSON.
+
+        It is part of the plan: an unfinished run with other settings is not resumed but refused.
+        """
+
+    def run(self, weights: Mapping[str, BlockFP8], folder: Path, progress: Progress) -> None:
+        """Write what it rounds of these weights, and skip what is in the folder already.
+
+        Args:
+            weights: every weight that becomes FP8 -> scale format, and block size on the axes as stored.
+            folder: for safetensors files, each of which gets its name when it is complete. Names that end in
+                anything but `.safetensors` or begin with a dot are its own affair; subfolders are, too.
+            progress: to be told of its totals, bytes and tensors.
+
+        Raises:
+            BlockscaleError: it cannot; the weights of which it wrote nothing are rounded by the converter,
+                but those it writes nobody looks at for NaN or Inf in the source.
+        """
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """Where the codes and the scale of a weight lie."""
+
+    codes: TensorEntry
+    scale: TensorEntry
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What a rounder has written; all checked but the codes, which are read once.
+
+    Attributes:
+        folder: of the files.
+        weights: name -> codes and scale.
+    """
+
+    folder: Source
+    weights: Mapping[str, RoundedWeight]
+
+    def path(self, entry: TensorEntry) -> Path:
+        """The file that holds an entry."""
+        return Path(self.folder.path(entry.file))
+
+    def refusal(
+        self, what: str, entry: TensorEntry, expected: object = None, got: object = None
+    ) -> CorruptCheckpointError:
+        """The error about an entry that cannot be taken over."""
+        return CorruptCheckpointError(
+            what,
+            where=f"{entry.name} in {self.path(entry)}",
+            expected=expected,
+            got=got,
+            remedy=_REMEDY,
+        )
+
+
+def with_rounder(plan: ConversionPlan, rounder: Rounder) -> ConversionPlan:
+    """The plan, with the settings of a rounder among its options and so in its digest."""
+    return replace(plan, options={**plan.options, CALIBRATION_KEY: rounder.settings()})
+
+
+def round_weights(
+    plan: ConversionPlan, rounder: Rounder, folder: Path, scale_fmt: ScaleFmt, progress: Progress
+) -> Rounded:
+    """Let a rounder round the weights of a plan.
+
+    Args:
+        plan: says which weights become FP8.
+        rounder: writes into the folder.
+        folder: made if need be; what earlier runs of the same plan have finished is in it.
+        scale_fmt: of the scales of all weights.
+        progress: for the rounder.
+
+    Raises:
+        CorruptCheckpointError: something in the folder is not what the plan asks for.
+    """
+    tasks = {
+        task.source.name: task for shard in plan.shards for task in shard.tasks if task.action == "quantize"
+    }
+    formats = {name: BlockFP8(task.block_size, scale_fmt) for name, task in tasks.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    rounder.run(formats, folder, progress)
+    shapes = {name: task.source.shape for name, task in tasks.items()}
+    return read_rounded(folder, formats, shapes)
+
+
+def read_rounded(
+    folder: Path, formats: Mapping[str, BlockFP8], shapes: Mapping[str, tuple[int, ...]]
+) -> Rounded:
+    """Find and check what lies in a rounder's folder.
+
+    Args:
+        folder: of the files.
+        formats: name -> format that its codes and scale must have.
+        shapes: name -> shape of the weight.
+
+    Raises:
+        CorruptCheckpointError: a file that is no safetensors file, a tensor that nobody asked for or that is
+            there twice, a wrong dtype, shape or grid, no scale, or a scale of wrong values.
+    """
+    rounded = Rounded(open_source(folder), {})
+    entries = _entries(rounded)
+    scales = {scale_name(name): name for name in formats}
+    weights = {}
+    for name, entry in entries.items():
+        if name in formats:
+            weights[name] = _checked(
+                rounded, entry, entries.get(scale_name(name)), formats[name], shapes[name]
+            )
+        elif scales.get(name) not in entries:
+            raise rounded.refusal("is not of a rounded weight", entry, "weights that become FP8, and scales")
+    return replace(rounded, weights=weights)
+
+
+def calibrated_names(source: Source) -> frozenset[str]:
+    """The weights that a rounder has rounded, as the manifest says; none where there is no manifest."""
+    if not source.exists(MANIFEST_NAME):
+        return frozenset()
+    names: Any = ()
+    with suppress(CorruptCheckpointError):  # `verify` tells
+        names = parse_object(source.read(MANIFEST_NAME), MANIFEST_NAME).get(CALIBRATED_KEY, ())
+    return (
+        frozenset(name for name in names if isinstance(name, str)) if isinstance(names, list) else frozenset()
+    )
+
+
+def _entries(rounded: Rounded) -> dict[str, TensorEntry]:
+    """Name -> entry of everything in the files of a folder."""
+    entries: dict[str, TensorEntry] = {}
+    for file, size in rounded.folder.files().items():
+        if "/" in file or not file.endswith(".safetensors"):
+            continue
+        try:
+            header = read_header(partial(rounded.folder.read, file), size, file)
+        except CorruptCheckpointError as error:
+            got, where = str(error).partition("; ")[0], rounded.folder.path(file)
+            raise CorruptCheckpointError("cannot be used", where=where, got=got, remedy=_REMEDY) from error
+        for entry in header.entries:
+            if entry.name in entries:
+                raise rounded.refusal("is in two files", entry, got=f"also in {entries[entry.name].file}")
+            entries[entry.name] = entry
+    return entries
+
+
+def _checked(
+    rounded: Rounded, codes: TensorEntry, scale: TensorEntry | None, fmt: BlockFP8, shape: tuple[int, ...]
+) -> RoundedWeight:
+    if (codes.dtype, codes.shape) != (FP8, shape):
+        raise rounded.refusal(
+            "rounded weight is not the one of the plan",
+            codes,
+            f"{FP8} {list(shape)}",
+            f"{codes.dtype} {list(codes.shape)}",
+        )
+    if scale is None:
+        raise rounded.refusal("rounded weight without a scale", codes, scale_name(codes.name))
+    grid = fmt.scale_shape(shape)
+    if (scale.dtype, scale.shape) != ("F32", grid):
+        raise rounded.refusal(
+            "scale of a rounded weight does not fit its blocks",
+            scale,
+            f"F32 {list(grid)}",
+            f"{scale.dtype} {list(scale.shape)}",
+        )
+    values = read_scale(scale, rounded.folder)
+    if fmt.scale_fmt == "ue8m0":
+        bad = ~is_power_of_two(values)
+        if bad.any():
+            first = bad.nonzero()[0].tolist()
+            got = f"{values[tuple(first)].item()} at {first}"
+            raise rounded.refusal(
+                "scale of a rounded weight is no power of two", scale, "scale_fmt ue8m0", got
+            )
+    return RoundedWeight(codes, scale)
