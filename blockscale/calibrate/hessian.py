@@ -1,18 +1,21 @@
 """Second moments of a layer's inputs, and the weight that makes up for quantized inputs.
 
 A layer y = W x of the original model becomes Q xq, where xq are the inputs the quantized model feeds it:
-quantized activations, computed by the already quantized layers before it. Over T calibration tokens
+quantized activations, computed by the already quantized layers before it. Q is to give, from xq, what W gives
+from inputs part of the way back to the original ones, x' = xq + share (x - xq). Over T calibration tokens,
+each divided by the root mean square of its xq, so that all tokens count alike,
 
     second = sum xq xq^T  (K, K)        cross = sum x xq^T  (K, K)
 
-hold everything about the tokens that the summed squared error of the outputs depends on. With damping
-lam = damping * mean diagonal of `second`, and H = second + lam I,
+hold everything about the tokens that the summed squared error of the outputs depends on. With the penalty
+D = damping * (diagonal of `second` + a tenth of its mean), and H = second + D,
 
-    sum |W x - Q xq|^2 + lam |W - Q|^2  =  tr((W' - Q) H (W' - Q)^T) + constant,
-    W' = W (cross + lam I) H^-1.
+    sum |W x' - Q xq|^2 + tr((W - Q) D (W - Q)^T)  =  tr((W' - Q) H (W' - Q)^T) + constant,
+    W' = W + share W (cross - second) H^-1.
 
-So one has to round W', not W, in the norm of H. The damping pulls Q towards W, and W' towards W, where tokens
-say little; a dead input (always zero) leaves its column of W alone.
+So one has to round W', not W, in the norm of H. The penalty pulls columns towards those of W. Its first part,
+in proportion to what an input carries, shrinks the correlations between inputs, which differ from text to
+text; its second part holds columns of inputs that carry next to nothing here and may carry more elsewhere.
 
 Sources: GPTQ (arXiv:2210.17323) for the norm, GPTAQ (arXiv:2504.02692) and Qronos (arXiv:2505.11695) for the
 target that sees the inputs of the original model.
@@ -26,8 +29,10 @@ import torch
 
 from blockscale.errors import BlockscaleError
 
-# With 8,192 tokens and 0.01 a 135M model gained nothing on other text: what the norm hides is overfit.
 DAMPING = 0.1
+# All of the way back (1) makes up for more on the calibration text and for less on other text: the regression
+# on noisy inputs also shrinks the outputs.
+SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,10 @@ def add_tokens(moments: Moments, x: torch.Tensor, xq: torch.Tensor) -> Moments:
             got=f"{list(x.shape)} and {list(xq.shape)}",
         )  # fmt: skip
     rows, quantized = x.reshape(-1, width).float(), xq.reshape(-1, width).float()
+    size = quantized.square().mean(1, keepdim=True).sqrt()
+    # A token of zeros adds nothing to either sum, whatever it is divided by.
+    size = torch.where(size == 0, torch.ones_like(size), size)
+    rows, quantized = rows / size, quantized / size
     moments.second.addmm_(quantized.T, quantized)
     moments.cross.addmm_(rows.T, quantized)
     if not bool((moments.second.diagonal() + moments.cross.diagonal()).isfinite().all()):
@@ -76,29 +85,34 @@ def add_tokens(moments: Moments, x: torch.Tensor, xq: torch.Tensor) -> Moments:
     return Moments(moments.second, moments.cross, moments.tokens + len(rows))
 
 
-def damped(moments: Moments, damping: float) -> tuple[torch.Tensor, float]:
-    """H = second + lam I, float32 (K, K), and lam; where all inputs are dead, the identity."""
+def damped(moments: Moments, damping: float) -> torch.Tensor:
+    """H = second + D, float32 (K, K).
+
+    Raises:
+        BlockscaleError: a damping that is not positive.
+    """
     if not damping > 0:
         raise BlockscaleError("bad damping", where="damping", expected="a positive number", got=damping)
-    lam = damping * float(moments.second.diagonal().double().mean())
-    lam = lam if lam > 0 else 1.0
-    norm = moments.second.clone()
-    norm.diagonal().add_(lam)
-    return norm, lam
+    diagonal = moments.second.diagonal()
+    mean = diagonal.mean()
+    mean = torch.where(mean == 0, torch.ones_like(mean), mean)
+    return moments.second + (damping * (diagonal + mean / 10)).diag()
 
 
-def target_weight(weight: torch.Tensor, moments: Moments, damping: float = DAMPING) -> torch.Tensor:
-    """W' = W + W (cross - second) H^-1, float32 (N, K): the unrounded weight of least output error.
+def target_weight(
+    weight: torch.Tensor, moments: Moments, damping: float = DAMPING, share: float = SHARE
+) -> torch.Tensor:
+    """W', float32 (N, K): the unrounded weight of least output error.
 
     Args:
-        weight: (N, K), of the original model.
+        weight: W (N, K), of the original model.
         moments: of its inputs.
-        damping: relative to the mean diagonal of `second`.
+        damping: see the module.
+        share: how far the inputs that W is thought to see lie from xq (0) to x (1).
     """
-    norm, _ = damped(moments, damping)
     shift = (weight.float() @ (moments.cross - moments.second)).double()
-    solved = torch.linalg.solve(norm.double(), shift, left=False)
-    return weight.float() + solved.float()
+    solved = torch.linalg.solve(damped(moments, damping).double(), shift, left=False)
+    return weight.float() + share * solved.float()
 
 
 def output_error(error: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:

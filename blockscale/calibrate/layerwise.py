@@ -1,38 +1,51 @@
 """Calibrated rounding of a transformers decoder, one decoder layer after another.
 
 Two streams of hidden states go through the model: that of the original one, and that of the quantized one,
-with quantized weights and quantized activations. A layer runs on the first stream once, and the inputs of its
-linear layers are kept. Then it runs on the second stream, and each linear layer is rounded at the moment it
-is called: its inputs then come from layers that are already rounded, and its output from its own new weight.
-Linear layers that are given the same tensor (q, k and v, gate and up) share one sum of moments.
+with quantized weights and quantized activations. At every station of a layer (see stations.py) the inputs of
+both are summed to moments, chunk by chunk, then the station's linear layers are rounded: the inputs of the
+next station come from layers that are rounded already. When all are, both streams move on to the next layer.
 
-Memory, besides the model: both streams, and the linear inputs and moments of one decoder layer.
+Memory, beside the model: both streams; a decoder layer twice, a chunk's inputs, and the moments of one
+station. The layer is run up to each station anew, about three forward passes of each stream: so no inputs of
+whole streams are kept, but those of routed experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from blockscale import ops
-from blockscale.calibrate.hessian import Moments, add_tokens, no_moments
-from blockscale.calibrate.rounding import Search, round_weight
-from blockscale.errors import BlockscaleError
-from blockscale.formats import BlockFP8, ScaleFmt
+from blockscale.calibrate.activations import quantized_inputs
+from blockscale.calibrate.experts import Call, RoundedExperts, round_experts
+from blockscale.calibrate.hessian import add_tokens, no_moments
+from blockscale.calibrate.rounding import Rounding, Search, round_weight
+from blockscale.calibrate.stations import (
+    Chunk,
+    Wanted,
+    decoder_layers,
+    find_stations,
+    first_chunks,
+    inputs_of,
+    run,
+)
+from blockscale.formats import BlockFP8
 
 
-class Rounded(NamedTuple):
-    """Codes and scale of one weight, as reference.quantize_weight gives them."""
+class Place(NamedTuple):
+    """A matrix in a parameter of a layer: of which expert, and which of the parts one below the other."""
 
-    codes: torch.Tensor
-    scale: torch.Tensor
+    parameter: str
+    expert: int | None = None
+    part: int = 0
 
 
-class _Stop(Exception):
-    """Ends a forward pass once the inputs of the first decoder layer are known."""
+Roundings = dict[Place, Rounding]
 
 
 @torch.no_grad()
@@ -42,8 +55,9 @@ def round_decoder(
     fmt: BlockFP8,
     choose: Callable[[str], bool] = lambda name: True,
     search: Search | None = None,
-) -> dict[str, Rounded]:
-    """Round the linear layers of a decoder, in place, so that its outputs stay as they were.
+    rows: int = 8,
+) -> dict[str, Rounding]:
+    """Round the linear layers of a decoder without experts, in place, so that its outputs stay as they were.
 
     Args:
         model: a transformers causal LM in evaluation mode; float32, or the moments lose digits. The weights
@@ -52,6 +66,7 @@ def round_decoder(
         fmt: block size and scale format of weights; activations are quantized in groups of block_k.
         choose: by the name of a weight, whether to round it; others keep full-precision inputs too.
         search: of the rounding.
+        rows: sequences that go through a layer at a time.
 
     Returns:
         Name of the weight -> codes and scale, of every nn.Linear of the decoder layers that `choose` takes.
@@ -60,112 +75,158 @@ def round_decoder(
         BlockscaleError: no decoder layers, or what round_weight refuses.
     """
     layers, prefix = decoder_layers(model)
-    original, keywords = _first_inputs(model, layers, token_ids)
-    quantized = original.clone()
-    found: dict[str, Rounded] = {}
+    chunks = first_chunks(model, layers, token_ids, rows)
+    found: dict[str, Rounding] = {}
     for number, layer in enumerate(layers):
-        linears = {
-            module: f"{prefix}.{number}.{name}.weight"
-            for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear) and choose(f"{prefix}.{number}.{name}.weight")
-        }
-        inputs: dict[nn.Linear, torch.Tensor] = {}
-        original = _run(layer, original, keywords, linears, inputs.__setitem__)
-        rounder = _Rounder(linears, inputs, fmt, search, found)
-        quantized = _run(layer, quantized, keywords, linears, rounder)
+        names = (f"{path}.weight" for path, each in layer.named_modules() if isinstance(each, nn.Linear))
+        wanted = {name: Wanted(fmt) for name in names if choose(f"{prefix}.{number}.{name}")}
+        for place, rounding in round_layer(layer, chunks, wanted, search).items():
+            found[f"{prefix}.{number}.{place.parameter}"] = rounding
     return found
 
 
-def quantized_inputs(x: torch.Tensor, group_size: int, scale_fmt: ScaleFmt) -> torch.Tensor:
-    """float32 (..., K): x (..., K) after quantize_activation and back, as a GEMM sees it."""
-    codes, scale = ops.quantize_activation(x.reshape(-1, x.shape[-1]), group_size, scale_fmt)
-    # A group of activations is a block of one row, and of weights there is a fast dequantizer.
-    return ops.dequantize_weight(codes, scale, (1, group_size), torch.float32).view(x.shape)
-
-
-class _Rounder:
-    """Rounds a linear layer when it is about to be called, and hands it quantized inputs."""
-
-    def __init__(
-        self,
-        names: dict[nn.Linear, str],
-        inputs: dict[nn.Linear, torch.Tensor],
-        fmt: BlockFP8,
-        search: Search | None,
-        found: dict[str, Rounded],
-    ) -> None:
-        self.names, self.inputs, self.fmt, self.search, self.found = names, inputs, fmt, search, found
-        self.last: tuple[torch.Tensor, torch.Tensor, Moments] | None = None
-
-    def __call__(self, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        name = self.names[module]
-        if name in self.found:
-            raise BlockscaleError("a linear layer is called twice in a decoder layer", where=name)
-        if self.last is None or self.last[0] is not x:
-            group = self.fmt.block_size[1]
-            xq = quantized_inputs(x, group, self.fmt.scale_fmt)
-            self.last = x, xq, add_tokens(no_moments(x.shape[-1], x.device), self.inputs[module], xq)
-        _, xq, moments = self.last
-        del self.inputs[module]
-        rounded = Rounded(*round_weight(module.weight, moments, self.fmt, self.search))
-        values = ops.dequantize_weight(*rounded, self.fmt.block_size, torch.float32)
-        module.weight.copy_(values)
-        self.found[name] = rounded
-        return xq.to(x.dtype)
-
-
-def _run(
+@torch.no_grad()
+def round_layer(
     layer: nn.Module,
-    hidden: torch.Tensor,
-    keywords: dict[str, Any],
-    linears: dict[nn.Linear, str],
-    before: Callable[[nn.Linear, torch.Tensor], torch.Tensor | None],
-) -> torch.Tensor:
-    """The layer's output, with `before` called on every chosen linear layer and its inputs."""
-    hooks = [
-        module.register_forward_pre_hook(lambda module, arguments: before(module, arguments[0]))
-        for module in linears
-    ]
+    chunks: Sequence[Chunk],
+    wanted: Mapping[str, Wanted],
+    search: Search | None = None,
+    known: Mapping[Place, Rounding] | None = None,
+) -> Roundings:
+    """Round a decoder layer in place, and move both streams on to the next one.
+
+    Args:
+        layer: float32, on the device where it is to run.
+        chunks: both streams, which are replaced.
+        wanted: path of a parameter in the layer -> how it is to be rounded: the weight of a linear layer, or
+            one of fused experts.
+        search: of the rounding.
+        known: what an earlier call found; nothing is rounded then.
+
+    Returns:
+        Codes and scale of every matrix. Linear layers that are never called are not there.
+
+    Raises:
+        BlockscaleError: a linear layer is called twice, or what round_weight refuses.
+    """
+    original = copy.deepcopy(layer)
+    found: Roundings = {}
+    with _quantizing(layer) as quantize:
+        for paths in find_stations(original, _there(chunks[0], layer), wanted):
+            mine = {name: each for name, each in wanted.items() if name.rpartition(".")[0] in paths}
+            if known is not None:
+                found |= {place: rounding for place, rounding in known.items() if place.parameter in mine}
+                _put(layer, mine, found)
+            elif isinstance(layer.get_submodule(paths[0]), nn.Linear):
+                found |= _round_linears(layer, original, chunks, mine, search)
+            else:
+                found |= _round_experts(layer, original, chunks, paths[0], mine, search)
+            quantize(paths, mine)
+        for chunk in chunks:
+            here = _there(chunk, layer)
+            chunk.original = run(original, here.original, here.keywords[0]).to(chunk.original.device)
+            chunk.quantized = run(layer, here.quantized, here.keywords[0]).to(chunk.quantized.device)
+            chunk.keywords = chunk.keywords[1:]
+    return found
+
+
+def _round_linears(
+    layer: nn.Module,
+    original: nn.Module,
+    chunks: Sequence[Chunk],
+    wanted: Mapping[str, Wanted],
+    search: Search | None,
+) -> Roundings:
+    """Round linear layers that are given the same tensor."""
+    name, (fmt, _) = next((name, (each.fmt, each.parts)) for name, each in wanted.items())
+    path = name.rpartition(".")[0]
+    weight = layer.get_parameter(name)
+    moments = no_moments(weight.shape[1], weight.device)
+    for chunk in chunks:
+        here = _there(chunk, layer)
+        x = inputs_of(original, path, here.original, here.keywords[0])[0]
+        xq = quantized_inputs(inputs_of(layer, path, here.quantized, here.keywords[0])[0], fmt)
+        moments = add_tokens(moments, x, xq)
+    found: Roundings = {}
+    for name in wanted:
+        weight = layer.get_parameter(name)
+        rounding = found[Place(name)] = round_weight(weight, moments, fmt, search)
+        weight.copy_(ops.dequantize_weight(*rounding, fmt.block_size, torch.float32))
+    return found
+
+
+def _round_experts(
+    layer: nn.Module,
+    original: nn.Module,
+    chunks: Sequence[Chunk],
+    path: str,
+    wanted: Mapping[str, Wanted],
+    search: Search | None,
+) -> Roundings:
+    """Round the routed experts of the layer."""
+    calls = []
+    for chunk in chunks:
+        here = _there(chunk, layer)
+        x = inputs_of(original, path, here.original, here.keywords[0])[0]
+        y, index = inputs_of(layer, path, here.quantized, here.keywords[0])[:2]
+        calls.append(Call(x.to(chunk.original.device), y.to(chunk.original.device), index))
+    leaves = {name.rpartition(".")[2]: each for name, each in wanted.items()}
+    twin = original.get_submodule(path)
+    rounded = round_experts(layer.get_submodule(path), twin, calls, leaves, search)
+    return {Place(f"{path}.{leaf}", *where): rounding for (leaf, *where), rounding in rounded.items()}
+
+
+def _put(layer: nn.Module, wanted: Mapping[str, Wanted], roundings: Roundings) -> None:
+    """Put known codes and scales into the weights of the layer."""
+    for place, rounding in roundings.items():
+        if place.parameter in wanted:
+            each, weight = wanted[place.parameter], layer.get_parameter(place.parameter)
+            part = weight if place.expert is None else weight[place.expert].chunk(each.parts)[place.part]
+            made = (rounding.codes.to(weight.device), rounding.scale.to(weight.device))
+            part.copy_(ops.dequantize_weight(*made, each.fmt.block_size, torch.float32))
+
+
+@contextmanager
+def _quantizing(layer: nn.Module) -> Iterator[Callable[[Sequence[str], Mapping[str, Wanted]], None]]:
+    """Modules of a layer, once they are named, quantize their inputs until the end."""
+    hooks, replaced = [], {}
+
+    def quantize(paths: Sequence[str], wanted: Mapping[str, Wanted]) -> None:
+        for path in paths:
+            module = layer.get_submodule(path)
+            if isinstance(module, nn.Linear):
+                fmt = wanted[f"{path}.weight"].fmt
+                hooks.append(
+                    module.register_forward_pre_hook(
+                        lambda _, inputs, fmt=fmt: (quantized_inputs(inputs[0], fmt),)
+                    )
+                )
+            else:
+                leaves = {name.rpartition(".")[2]: each for name, each in wanted.items()}
+                replaced[path] = module
+                layer.set_submodule(path, RoundedExperts(module, leaves))
+
     try:
-        result = layer(hidden, **keywords)
+        yield quantize
     finally:
         for hook in hooks:
             hook.remove()
-    return result[0] if isinstance(result, tuple) else result
+        for path, module in replaced.items():
+            layer.set_submodule(path, module)
 
 
-def decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, str]:
-    """The decoder layers of a transformers causal LM, and the name of their list.
-
-    Raises:
-        BlockscaleError: there is no list of modules named `layers`.
-    """
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "layers"
-    }
-    if not lists:
-        raise BlockscaleError("model has no decoder layers", where=type(model).__name__)
-    name = max(lists, key=lambda each: len(lists[each]))
-    return lists[name], name
+def _there(chunk: Chunk, layer: nn.Module) -> Chunk:
+    """The chunk where the layer is."""
+    device = next(layer.parameters()).device
+    keywords = [_moved(each, device) for each in chunk.keywords[:1]]
+    return Chunk(chunk.original.to(device), chunk.quantized.to(device), keywords)
 
 
-def _first_inputs(
-    model: nn.Module, layers: nn.ModuleList, token_ids: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Hidden states before the first decoder layer, and what else every decoder layer is called with."""
-    seen: list[tuple[torch.Tensor, dict[str, Any]]] = []
-
-    def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        seen.append((arguments[0], keywords))
-        raise _Stop
-
-    hook = layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        model(input_ids=token_ids, use_cache=False)
-    except _Stop:
-        return seen[0]
-    finally:
-        hook.remove()
-    raise BlockscaleError("model does not call its decoder layers", where=type(model).__name__)
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(each, device) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(each, device) for each in value)
+    return value

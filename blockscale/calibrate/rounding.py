@@ -24,20 +24,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from blockscale import reference
-from blockscale.calibrate.hessian import DAMPING, Moments, damped, output_error, target_weight
+from blockscale.calibrate.hessian import DAMPING, SHARE, Moments, damped, output_error, target_weight
 from blockscale.errors import BlockscaleError
 from blockscale.formats import E4M3_MAX, BlockFP8, ScaleFmt
 from blockscale.reference.fp8 import MIN_WEIGHT_SCALE
 
-# Factors of the scale that the largest value of a block asks for. Of powers of two, the half saturates.
+# Factors of the scale that the largest value of a block asks for. E4M3 is a floating format: another power of
+# two rounds to the same values, but for those that saturate or become subnormal.
 FACTORS: dict[ScaleFmt, tuple[float, ...]] = {
     "float32": (1.0, 0.9, 1.1, 1.25, 1.5),
-    "ue8m0": (1.0, 0.5, 2.0),
+    "ue8m0": (1.0,),
 }
+
+
+class Rounding(NamedTuple):
+    """Codes, float8_e4m3fn (N, K), and scale of a weight, as reference.quantize_weight gives them."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -45,19 +54,21 @@ class Search:
     """What is tried to make the error small.
 
     Attributes:
-        damping: of the norm, relative to its mean diagonal.
+        damping: of the norm; see hessian.py.
+        share: of the difference between original and quantized inputs that weights make up for.
         factors: of the plain scales, tried for every block; the first must be 1. None takes FACTORS.
         sweeps: of coordinate descent after the columns are rounded.
     """
 
     damping: float = DAMPING
+    share: float = SHARE
     factors: tuple[float, ...] | None = None
     sweeps: int = 2
 
 
 def round_weight(
     weight: torch.Tensor, moments: Moments, fmt: BlockFP8, search: Search | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Rounding:
     """Codes and scales of least output error on the calibration tokens.
 
     Args:
@@ -78,13 +89,13 @@ def round_weight(
     factors = FACTORS[fmt.scale_fmt] if search.factors is None else search.factors
     _check(weight, moments, fmt, factors)
     plain = reference.quantize_weight(weight, fmt.block_size, fmt.scale_fmt)
-    norm, _ = damped(moments, search.damping)
-    target = target_weight(weight, moments, search.damping)
+    norm = damped(moments, search.damping)
+    target = target_weight(weight, moments, search.damping, search.share)
     found = _round_columns(target, inverse_factor(norm), fmt, factors)
     codes, scale = _better_rows(found, plain, target, norm, fmt)
     for _ in range(search.sweeps):
         codes = _sweep(target, norm, codes, scale, fmt)
-    return codes, scale
+    return Rounding(codes, scale)
 
 
 def inverse_factor(norm: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -12,6 +13,10 @@ Src = Annotated[
 ]
 Dst = Annotated[str, typer.Argument(help="Folder or fsspec URL for the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", help="Also write a page with charts and tables there."),
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads; by default one a core and two more.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace the checkpoint or unfinished run at DST.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
@@ -21,17 +26,36 @@ Exclude = Annotated[list[str] | None, typer.Option(help="Leave tensors that matc
 Precision = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="ROLE=fp8|bf16",
+        metavar="ROLE=fp8|fp8:ROWSxCOLUMNS|bf16",
         help="Precision of attention, dense_mlp, shared_experts, experts or head, of what matches a pattern, "
         "or of the rest: default=... (repeatable).",
     ),
 ]
-BlockSize = Annotated[str | None, typer.Option(help="Rows x columns that share a scale; 128x128 by default.")]
+BlockSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ROWSxCOLUMNS|auto",
+        help="Rows x columns that share a scale; 128x128 by default; auto chooses by the weights' values.",
+    ),
+]
 RecipeFile = Annotated[
     str | None,
     typer.Option(
         "--recipe", help="JSON file with scale_fmt, block_size, layout, include, exclude, precision."
     ),
+]
+
+
+Calibrate = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE|self",
+        help="Round so that outputs stay as they were on this text (.xz and .bz2 too), or on what the model "
+        "writes itself (repeatable: each gives an equal share).",
+    ),
+]
+CalibrationTokens = Annotated[
+    int, typer.Option(min=1024, help="Tokens of calibration text; rounded down to sequences of 1024.")
 ]
 
 

@@ -1,0 +1,116 @@
+"""Calibrated rounding of the routed experts of a layer: gate_up_proj (E, 2I, K) over down_proj (E, K, I).
+
+Every expert has moments of its own, of the tokens that the router of the quantized model sends it; the
+original stream gives the same tokens. An expert that sees fewer tokens than it has inputs says too little
+about itself: it is rounded plainly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from blockscale import ops
+from blockscale.calibrate.activations import quantized_inputs
+from blockscale.calibrate.hessian import add_tokens, no_moments
+from blockscale.calibrate.rounding import Rounding, Search, round_weight
+from blockscale.calibrate.stations import Wanted
+from blockscale.huggingface.modules import EXPERT_WEIGHTS, GATE
+
+# (parameter, expert, part) -> codes and scale.
+Rounded = dict[tuple[str, int, int], Rounding]
+
+
+class Call(NamedTuple):
+    """What the experts are called with: hidden states (T, K) of both models, and experts (T, k) of tokens."""
+
+    original: torch.Tensor
+    quantized: torch.Tensor
+    experts: torch.Tensor
+
+
+@torch.no_grad()
+def round_experts(
+    module: nn.Module,
+    original: nn.Module,
+    calls: Sequence[Call],
+    wanted: Mapping[str, Wanted],
+    search: Search | None = None,
+) -> Rounded:
+    """Round the experts of a module in place, one after another.
+
+    Args:
+        module: experts as transformers has them; see huggingface.modules.is_experts.
+        original: the same, which stays as it is.
+        calls: of all calibration tokens.
+        wanted: "gate_up_proj" or "down_proj" -> how it is to be rounded; one that is missing is left alone.
+        search: of the rounding.
+
+    Returns:
+        (parameter, expert, part) -> codes and scale.
+    """
+    found: Rounded = {}
+    for expert in range(len(getattr(module, EXPERT_WEIGHTS[0]))):
+        x, y = _tokens(calls, expert)
+        for name in EXPERT_WEIGHTS:
+            before, weight = getattr(original, name)[expert], getattr(module, name)[expert]
+            if name in wanted:
+                y = quantized_inputs(y, wanted[name].fmt)
+                for part, rounding in enumerate(_round(weight, x, y, wanted[name], search)):
+                    found[name, expert, part] = rounding
+            x, y = nn.functional.linear(x, before), nn.functional.linear(y, weight)
+            if name == EXPERT_WEIGHTS[0]:
+                x, y = getattr(original, GATE)(x), getattr(module, GATE)(y)
+    return found
+
+
+class RoundedExperts(nn.Module):
+    """Experts that quantize their activations; called as those they stand for."""
+
+    def __init__(self, experts: nn.Module, wanted: Mapping[str, Wanted]) -> None:
+        super().__init__()
+        self.experts, self._wanted = experts, dict(wanted)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(T, K): every token through its experts (T, k), summed by their weights (T, k)."""
+        out = hidden_states.new_zeros(hidden_states.shape)
+        for expert in top_k_index.unique().tolist():
+            token, choice = (top_k_index == expert).nonzero(as_tuple=True)
+            y = hidden_states[token]
+            for name in EXPERT_WEIGHTS:
+                y = quantized_inputs(y, self._wanted[name].fmt) if name in self._wanted else y
+                y = nn.functional.linear(y, getattr(self.experts, name)[expert])
+                y = getattr(self.experts, GATE)(y) if name == EXPERT_WEIGHTS[0] else y
+            out.index_add_(0, token, y * top_k_weights[token, choice, None].to(y.dtype))
+        return out
+
+
+def _tokens(calls: Sequence[Call], expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs of an expert, float32 (T_e, K), in the original and in the quantized model."""
+    mine = [(call, (call.experts == expert).any(1).to(call.original.device)) for call in calls]
+    device = calls[0].experts.device
+    x = torch.cat([call.original[rows] for call, rows in mine]).to(device)
+    return x, torch.cat([call.quantized[rows] for call, rows in mine]).to(device)
+
+
+def _round(
+    weight: torch.Tensor, x: torch.Tensor, xq: torch.Tensor, wanted: Wanted, search: Search | None
+) -> list[Rounding]:
+    """Round the parts of a weight (N, K), in place."""
+    fmt, width = wanted.fmt, weight.shape[1]
+    enough = len(x) >= width
+    moments = add_tokens(no_moments(width, weight.device), x, xq) if enough else None
+    found = []
+    for part in weight.chunk(wanted.parts):
+        if moments is None:
+            rounding = Rounding(*ops.quantize_weight(part.contiguous(), fmt.block_size, fmt.scale_fmt))
+        else:
+            rounding = round_weight(part, moments, fmt, search)
+        part.copy_(ops.dequantize_weight(*rounding, fmt.block_size, torch.float32))
+        found.append(rounding)
+    return found

@@ -1,0 +1,169 @@
+import json
+
+import pytest
+import torch
+
+from blockscale import reference
+from blockscale.calibrate import checkpoint
+from blockscale.calibrate.checkpoint import CalibratedRounder
+from blockscale.calibrate.text import SELF, Calibration
+from blockscale.checkpoint.convert import quantize_checkpoint
+from blockscale.checkpoint.recipe import Recipe
+from blockscale.checkpoint.source import open_source
+from blockscale.checkpoint.verify import verify_checkpoint
+from blockscale.errors import BlockscaleError
+from tests import data
+
+checkpoints = pytest.importorskip("tests.huggingface.checkpoints")
+FUSED = "model.layers.1.mlp.experts"
+
+
+def encode(text: str) -> list[int]:
+    return [ord(letter) % 64 for letter in text]
+
+
+def calibration(tokens: int = 2048, length: int = 64, text: str = SELF) -> Calibration:
+    return Calibration((text,), encode, tokens, length)
+
+
+def calibrated(source, folder, recipe=None, **options):
+    rounder = CalibratedRounder(open_source(source), calibration(**options))
+    quantize_checkpoint(source, folder, recipe, rounder=rounder)
+    return folder
+
+
+def weights_of(folder):
+    """name -> (codes, scale) of what is FP8."""
+    tensors = data.read(folder)
+    return {
+        name: (each, tensors[f"{name}_scale_inv"].float())
+        for name, each in tensors.items()
+        if each.dtype == torch.float8_e4m3fn
+    }
+
+
+def relative(folder, source) -> dict[str, float]:
+    original = data.read(source)
+    return {
+        name: float((reference.dequantize_weight(*made, dtype=torch.float32) - original[name].float()).norm())
+        / float(original[name].float().norm())
+        for name, made in weights_of(folder).items()
+    }
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3_moe", "deepseek_v3"])
+def pair(request, tmp_path_factory):
+    """A checkpoint, plainly quantized and calibrated."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = checkpoints.make(folder / "source", request.param)
+    quantize_checkpoint(source, folder / "plain")
+    return source, folder / "plain", calibrated(source, folder / "calibrated")
+
+
+def test_codes_land_under_the_names_they_are_of_and_differ_from_nearest_rounding(pair):
+    source, plain, ours = pair
+    errors, nearest = relative(ours, source), relative(plain, source)
+    assert errors.keys() == nearest.keys()
+    assert all(
+        error < 0.15 for error in errors.values()
+    )  # another weight's codes would be off by more than 1
+    moved = [name for name in errors if errors[name] > nearest[name]]
+    assert len(moved) > 0.5 * len(errors)
+    manifest = json.loads((ours / "blockscale.json").read_text())
+    assert set(manifest["calibrated"]) == set(errors)
+    assert verify_checkpoint(ours, source).ok
+
+
+def test_predictions_are_nearer_to_the_original_than_with_plain_rounding(pair):
+    source, plain, ours = pair
+    wanted = checkpoints.logits(checkpoints.plain(source)).log_softmax(-1)
+
+    def divergence(folder) -> float:
+        model = checkpoints.fake_quantized(checkpoints.plain(source), folder)
+        for name, made in weights_of(folder).items():
+            _put(model, name, reference.dequantize_weight(*made, dtype=torch.float32))
+        found = checkpoints.logits(model).log_softmax(-1)
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+    assert divergence(ours) < 0.8 * divergence(plain)
+
+
+def _put(model, name, values):
+    """Set a weight by its name in a checkpoint."""
+    path, _, _ = name.rpartition(".weight")
+    head, _, leaf = path.rpartition(".experts.")
+    if not head:
+        model.get_submodule(path).weight.data.copy_(values)
+        return
+    expert, role = leaf.split(".")
+    experts = model.get_submodule(f"{head}.experts")
+    if role == "down_proj":
+        experts.down_proj.data[int(expert)] = values
+    else:
+        half = values.shape[0] * (role == "up_proj")
+        experts.gate_up_proj.data[int(expert), half : half + values.shape[0]] = values
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_an_interrupted_run_goes_on_where_it_was(name, tmp_path, monkeypatch):
+    source = checkpoints.make(tmp_path / "source", name)
+    whole = calibrated(source, tmp_path / "whole")
+    real, calls = checkpoint.round_layer, []
+
+    def interrupted(layer, chunks, wanted, search, known):
+        calls.append(known is not None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(layer, chunks, wanted, search, known)
+
+    monkeypatch.setattr(checkpoint, "round_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(source, tmp_path / "again")
+    calibrated(source, tmp_path / "again")
+    assert calls == [False, False, True, False]
+    ours, theirs = data.read(tmp_path / "again"), data.read(whole)
+    assert all(torch.equal(ours[key].view(torch.uint8), theirs[key].view(torch.uint8)) for key in theirs)
+
+
+def test_other_settings_do_not_go_on_with_an_unfinished_run(tmp_path, monkeypatch):
+    source = checkpoints.make(tmp_path / "source", "llama")
+    monkeypatch.setattr(checkpoint, "round_layer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(source, tmp_path / "result")
+    with pytest.raises(BlockscaleError, match="overwrite"):
+        calibrated(source, tmp_path / "result", tokens=1024)
+
+
+def test_experts_that_see_too_few_tokens_are_rounded_plainly(tmp_path):
+    source = checkpoints.make(tmp_path / "source", "qwen3_moe")
+    quantize_checkpoint(source, tmp_path / "plain")
+    # 128 for an expert on average: fewer than the 160 inputs of gate and up, more than the 72 of down.
+    ours = weights_of(calibrated(source, tmp_path / "calibrated", tokens=384))
+    same = {
+        name: torch.equal(codes.view(torch.uint8), ours[name][0].view(torch.uint8))
+        for name, (codes, _) in weights_of(tmp_path / "plain").items()
+    }
+    assert sum(same[name] for name in same if ".experts." in name and "down" not in name) >= 8  # of 12
+    assert not all(same[name] for name in same if ".experts." in name and "down" in name)
+    assert not any(same[name] for name in same if ".experts." not in name)
+
+
+def test_only_what_is_quantized_is_calibrated_and_other_layers_stay_exact(tmp_path):
+    source = checkpoints.make(tmp_path / "source", "llama")
+    folder = calibrated(source, tmp_path / "result", Recipe(include=("*.mlp.*",), block_size=(64, 64)))
+    assert len(weights_of(folder)) == 6
+    original, ours = data.read(source), data.read(folder)
+    assert all(torch.equal(ours[name], original[name]) for name in original if ".mlp." not in name)
+
+
+def test_too_few_tokens_are_refused_before_anything_is_rounded(tmp_path, monkeypatch):
+    source = checkpoints.make(tmp_path / "source", "llama")
+    monkeypatch.setattr(checkpoint, "round_layer", None)
+    with pytest.raises(BlockscaleError, match=r"too few calibration tokens.*at least 200.*got 128"):
+        calibrated(source, tmp_path / "result", tokens=128)
+
+
+def test_too_short_a_text_is_refused(tmp_path):
+    source = checkpoints.make(tmp_path / "source", "llama")
+    with pytest.raises(BlockscaleError, match=r"too few calibration tokens.*2048 in the text.*got 1000"):
+        calibrated(source, tmp_path / "result", text="x" * 1000)
