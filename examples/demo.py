@@ -31,7 +31,9 @@ from safetensors import safe_open
 
 from blockscale import reference
 from blockscale.errors import BlockscaleError
-from blockscale.evaluate.perplexity import PerplexityRatio, PerplexityResult, paired_ratio, perplexity
+from blockscale.evaluate.loading import Loading
+from blockscale.evaluate.run import Text, evaluate
+from blockscale.evaluate.windows import Estimate
 from blockscale.formats import parse_quantization_config, scale_name
 
 SAMPLE = Path(__file__).parent / "data" / "sample.txt"
@@ -59,10 +61,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Quality:
-    """What one model says: perplexity of the sample and a greedy continuation of the prompt."""
+    """Perplexity of the sample, before and after, and the ratio of the two; greedy answers to the prompt."""
 
-    perplexity: PerplexityResult
-    text: str
+    before: Estimate
+    after: Estimate
+    ratio: Estimate
+    texts: tuple[str, str]
 
 
 def main() -> int:
@@ -100,16 +104,13 @@ def run(folder: Path, tokens: int) -> int:
     weights = compare_weights(original, fp8, back)
     console.print(f"{weights.quantized} FP8 weights, {weights.kept} tensors kept as they were")
     headline(f"6  perplexity of {tokens} tokens of {SAMPLE.name}, before and after, on the CPU")
-    before, after = (measure(path, tokens) for path in (original, back))
-    ratio = paired_ratio(before.perplexity, after.perplexity)
+    quality = measure(original, back, tokens)
 
     headline("Result")
-    console.print(text_table(before, after))
-    console.print(
-        result_table((original, fp8, back), quantized, dequantized, weights, (before, after), ratio)
-    )
+    console.print(text_table(*quality.texts))
+    console.print(result_table((original, fp8, back), (quantized, dequantized), weights, quality))
     console.print(f"Files are in {folder.resolve()}; {time.monotonic() - started:.0f} s in all.")
-    return report_failures(weights, ratio)
+    return report_failures(weights, quality.ratio.value)
 
 
 def blockscale_command(*arguments: object) -> None:
@@ -173,26 +174,36 @@ def compare_weights(original: Path, fp8: Path, back: Path) -> Weights:
     return Weights(count, kept, error, tuple(different))
 
 
-def measure(path: Path, tokens: int) -> Quality:
-    """Perplexity of the first `tokens` tokens of the sample, and a greedy answer to the prompt."""
+def measure(original: Path, back: Path, tokens: int) -> Quality:
+    """Perplexity of the first `tokens` tokens of the sample, and greedy answers to the prompt."""
+    # Most CPUs emulate BF16 products: float32 is several times faster, and exact for BF16 weights.
+    loading = Loading("transformers", "cpu", torch.float32, batch_size=4)
+    text = Text(str(SAMPLE), tokens, CONTEXT)
+    started = time.monotonic()
+    scores = evaluate(str(back), text, reference=str(original), loading=loading).scores
+    assert scores is not None
+    against = scores.against
+    assert against is not None
+    for path, figure in ((original, against.perplexity), (back, scores.perplexity)):
+        console.print(
+            f"{path}: {figure.value:.3f} +- {figure.standard_error:.3f} over {scores.tokens} tokens"
+        )
+    console.print(f"KL divergence {against.kl.value:.5f} nats a token, {time.monotonic() - started:.0f} s")
+    return Quality(against.perplexity, scores.perplexity, against.ratio, (answer(original), answer(back)))
+
+
+def answer(path: Path) -> str:
+    """What the model at `path` says to the prompt."""
     from transformers import AutoTokenizer
 
-    # Most CPUs emulate BF16 products: float32 is several times faster, and exact for BF16 weights.
-    model = load_model(path).float().eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    token_ids = tokenizer(SAMPLE.read_text(encoding="utf-8"))["input_ids"][:tokens]
-    started = time.monotonic()
-    result = perplexity(model, token_ids, CONTEXT, CONTEXT, batch_size=4)
-    error = result.perplexity * result.standard_error
-    took = f"{time.monotonic() - started:.0f} s"
-    console.print(f"{path}: {result.perplexity:.3f} +- {error:.3f} over {result.tokens} tokens, {took}")
+    model, tokenizer = load_model(path).float().eval(), AutoTokenizer.from_pretrained(path)
     chat = [{"role": "user", "content": PROMPT}]
     prompt = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     with torch.inference_mode():
         output = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0]
-    return Quality(result, tokenizer.decode(output[prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    return str(tokenizer.decode(output[prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def load_model(path: Path) -> Any:
@@ -204,22 +215,20 @@ def load_model(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 
 
-def text_table(before: Quality, after: Quality) -> Table:
+def text_table(before: str, after: str) -> Table:
     """Both continuations side by side."""
     table = Table(title=f'Greedy answers to "{PROMPT}"', show_lines=True, title_justify="left")
     table.add_column("original (BF16)", ratio=1)
     table.add_column("after FP8", ratio=1)
-    table.add_row(before.text.strip(), after.text.strip())
+    table.add_row(before.strip(), after.strip())
     return table
 
 
 def result_table(
     paths: tuple[Path, Path, Path],
-    quantized: dict[str, Any],
-    dequantized: dict[str, Any],
+    reports: tuple[dict[str, Any], dict[str, Any]],
     weights: Weights,
-    quality: tuple[Quality, Quality],
-    ratio: PerplexityRatio,
+    quality: Quality,
 ) -> Table:
     """Sizes, times, errors and perplexities, a row a checkpoint."""
     table = Table(title="SmolLM2-135M-Instruct", title_justify="left")
@@ -227,24 +236,21 @@ def result_table(
         table.add_column(heading, justify="right" if heading else "left")
     original, fp8, back = (checkpoint_bytes(path) for path in paths)
     table.add_row("files", megabytes(original), f"{megabytes(fp8)} ({fp8 / original:.0%})", megabytes(back))
-    table.add_row("made in", "", *(speed(report) for report in (quantized, dequantized)))
+    table.add_row("made in", "", *map(speed, reports))
     table.add_row("weight error", "", f"{weights.relative_error:.2%}", f"{weights.relative_error:.2%}")
-    before, after = (f"{side.perplexity.perplexity:.3f}" for side in quality)
-    table.add_row("perplexity", before, "", after)
-    change = f"{ratio.ratio:.4f} +- {ratio.standard_error:.4f}"
-    table.add_row("ratio", "1", "", change)
+    table.add_row("perplexity", f"{quality.before.value:.3f}", "", f"{quality.after.value:.3f}")
+    ratio = quality.ratio
+    table.add_row("ratio", "1", "", f"{ratio.value:.4f} +- {ratio.standard_error:.4f}")
     return table
 
 
-def report_failures(weights: Weights, ratio: PerplexityRatio) -> int:
+def report_failures(weights: Weights, ratio: float) -> int:
     """Say what is wrong, if anything; returns the exit code."""
     failures = [f"{name}: loaded values are not those of the FP8 checkpoint" for name in weights.different]
     if not weights.quantized:
         failures.append("no weight was quantized")
-    if not 1 / MAX_RATIO < ratio.ratio < MAX_RATIO:
-        failures.append(
-            f"perplexity changed by a factor of {ratio.ratio:.4f}, expected less than {MAX_RATIO}"
-        )
+    if not 1 / MAX_RATIO < ratio < MAX_RATIO:
+        failures.append(f"perplexity changed by a factor of {ratio:.4f}, expected less than {MAX_RATIO}")
     for failure in failures:
         print(f"demo: FAILED: {failure}", file=sys.stderr)
     if not failures:

@@ -25,8 +25,8 @@ from blockscale.checkpoint.problems import Problem
 from blockscale.checkpoint.source import open_source
 from blockscale.checkpoint.strips import dtype_of
 from blockscale.errors import BlockscaleError
+from blockscale.evaluate.loading import Loading, load_transformers
 from blockscale.evaluate.sensitivity import Sensitivity, sensitivities
-from blockscale.evaluate.subjects import Loading, load_transformers
 from blockscale.evaluate.weights import WeightReport, report_weight
 from blockscale.formats import HIGH_PRECISION, module_path
 
@@ -168,7 +168,9 @@ def _report(entry: TensorEntry, side: Side, other: Side) -> tuple[WeightReport |
         )
     try:
         scale, block = side.scale(entry), side.stored_block(entry)
-        return report_weight(_read(entry, side), scale, _read(twin, other), block), None
+        calibrated = entry.name in side.calibrated
+        codes, source = _read(entry, side), _read(twin, other)
+        return report_weight(codes, scale, source, block, calibrated=calibrated), None
     except BlockscaleError as error:
         return None, str(error)
 

@@ -63,6 +63,31 @@ def token_ids(text: str, tokenizer: Tokenizer, other: Tokenizer | None, limit: i
     return torch.tensor(tokens, dtype=torch.int64)
 
 
+def read_sequences(data: str, tokenizer: Tokenizer, tokens: int, context: int) -> torch.Tensor:
+    """The first tokens of a text in whole sequences, int64 (B, T).
+
+    Args:
+        data: see `read_text`.
+        tokenizer: of the model.
+        tokens: most tokens.
+        context: tokens of a sequence, or `tokens` if these are fewer.
+
+    Raises:
+        BlockscaleError: no such text, or one that does not fill a sequence.
+    """
+    ids = token_ids(read_text(data), tokenizer, None, tokens)
+    length = min(context, tokens)
+    if len(ids) < length:
+        raise BlockscaleError(
+            "not enough text",
+            where=data,
+            expected=f"a sequence of {length} tokens",
+            got=f"{len(ids)} tokens",
+            remedy="give more text, or set --context",
+        )
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
 def _wikitext() -> str:
     try:
         from datasets import load_dataset

@@ -107,3 +107,54 @@ def test_a_limit_takes_whole_windows_from_all_over_the_text():
     assert Window(90, 95, 4) not in spread(windows, 9)
     with pytest.raises(BlockscaleError, match="bad limit"):
         spread(windows, 0)
+
+
+def test_a_bfloat16_model_is_scored_with_a_float32_softmax():
+    model = tiny_llama(1).bfloat16()
+    with torch.no_grad():
+        logits = model(TOKENS[None]).logits[0, :-1]
+    assert logits.dtype == torch.bfloat16
+    expected = torch.nn.functional.cross_entropy(logits.double(), TOKENS[1:], reduction="sum")
+    (score,) = score_windows(TransformersSubject("model", model), None, TOKENS, cut(TOKENS, 75, 75))
+    assert score.nll == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_uniform_predictions_have_the_vocabulary_size_as_perplexity():
+    model = tiny_llama(1)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    perplexity = summarize(scored(model, model)).perplexity
+    assert perplexity.value == pytest.approx(VOCABULARY, rel=1e-5)
+    assert perplexity.standard_error == pytest.approx(0, abs=1e-5)
+
+
+def test_the_standard_error_of_unequal_windows_matches_the_jackknife(models):
+    scores = list(score_windows(TransformersSubject("model", models[0]), None, TOKENS, cut(TOKENS, 8, 8)))
+    left_out = [
+        sum(each.nll for each in scores if each is not one)
+        / sum(each.tokens for each in scores if each is not one)
+        for one in scores
+    ]
+    n, center = len(left_out), sum(left_out) / len(left_out)
+    jackknife = math.sqrt((n - 1) / n * sum((value - center) ** 2 for value in left_out))
+    found = mean_of([each.nll for each in scores], [each.tokens for each in scores])
+    assert found.standard_error == pytest.approx(jackknife, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "stride", "message"),
+    [
+        ([3], 8, 8, "not enough text"),
+        ([[3, 4], [5, 6]], 8, 8, "not enough text"),
+        ([3, 4, 5], 1, 1, "window too short"),
+        ([3, 4, 5], 8, 9, "bad stride"),
+        ([3, 4, 5], 8, 0, "bad stride"),
+    ],
+)
+def test_unusable_windows_are_refused(tokens, context, stride, message):
+    with pytest.raises(BlockscaleError, match=message):
+        cut(torch.tensor(tokens), context, stride)
+
+
+def test_a_batch_has_windows(models):
+    with pytest.raises(BlockscaleError, match="bad batch size"):
+        scored(*models, batch_size=0)

@@ -10,6 +10,7 @@ from blockscale.checkpoint.convert import quantize_checkpoint
 from blockscale.errors import BlockscaleError
 from blockscale.evaluate.diagnose import diagnose_weights, rank
 from blockscale.evaluate.sensitivity import Sensitivity
+from tests.checkpoint.rounders import StepUp
 from tests.model import models
 
 DOWN = "model.layers.1.mlp.experts.3.down_proj.weight"
@@ -120,3 +121,15 @@ def test_another_models_checkpoint_is_no_reference(fp8, tmp_path):
     models.make(tmp_path / "other", hidden_size=256)
     with pytest.raises(BlockscaleError, match="reference is not what the model was made from"):
         diagnosed(fp8, tmp_path / "other")
+
+
+def test_the_manifest_says_which_weights_are_judged_as_calibrated(source, tmp_path):
+    def shrink(tensors):  # as calibration does to make up for noise in the inputs
+        for name, tensor in tensors.items():
+            tensors[name] = 0.9 * tensor if name.endswith("_scale_inv") else tensor
+
+    quantize_checkpoint(source, tmp_path / "fp8", rounder=StepUp(source, spoil=shrink))
+    assert not any(tensor.at_fault for tensor in diagnosed(tmp_path / "fp8", source).tensors)
+    (tmp_path / "fp8" / "blockscale.json").unlink()
+    faults = {tensor.weight.fault for tensor in diagnosed(tmp_path / "fp8", source).tensors}
+    assert faults == {"scales were changed after the codes"}

@@ -12,11 +12,16 @@ import torch
 from blockscale.checkpoint.convert import quantize_checkpoint
 from blockscale.errors import BlockscaleError
 from blockscale.evaluate import run
-from blockscale.evaluate.run import Text, evaluate
-from blockscale.evaluate.subjects import Loading, open_subject
+from blockscale.evaluate.loading import Loading
+from blockscale.evaluate.run import Text
+from blockscale.evaluate.subjects import open_subject
 from blockscale.evaluate.text import read_text
 from tests.evaluate.models import WORDS, save_tokenizer
 from tests.model import models
+
+
+def evaluate(model, text, **options):
+    return run.evaluate(model, text, **options)
 
 
 @pytest.fixture(scope="module")

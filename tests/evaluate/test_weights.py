@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
+from blockscale.calibrate.hessian import add_tokens, no_moments
+from blockscale.calibrate.rounding import round_weight
 from blockscale.evaluate.weights import report_weight
+from blockscale.formats import BlockFP8
 from blockscale.reference import quantize_weight
 
 
@@ -90,3 +93,39 @@ def test_zero_blocks_have_no_gain():
     source[:128, :128] = 0
     report = report_weight(*quantize_weight(source), source, (128, 128))
     assert report.fault is None
+
+
+def noisy_moments(width, noise):
+    """Moments of inputs to which the layers before have added noise, as a share of their size."""
+    generator = torch.Generator().manual_seed(3)
+    x, added = (torch.randn(8 * width, width, generator=generator) for _ in range(2))
+    return add_tokens(no_moments(width), x, x + noise * added)
+
+
+@pytest.mark.parametrize("scale_fmt", ["float32", "ue8m0"])
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3, 0.5])
+def test_a_calibrated_weight_has_no_fault(noise, scale_fmt):
+    source, fmt = weight(192, 256), BlockFP8((64, 128), scale_fmt)
+    codes, scale = round_weight(source, noisy_moments(256, noise), fmt)
+    report = report_weight(codes, scale, source, fmt.block_size, calibrated=True)
+    assert (report.fault, report.evidence) == (None, "")
+
+
+def test_a_weight_that_calibration_has_shrunk_has_no_fault():
+    source = weight(256, 256)
+    codes, scale = quantize_weight(source)
+    report = report_weight(codes, scale / 1.19, source, (128, 128))
+    assert report.fault == "scales were changed after the codes"
+    report = report_weight(codes, scale / 1.19, source, (128, 128), calibrated=True)
+    assert report.fault is None
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("factor", [0.5, 1.5, 2.0])
+def test_a_corrupted_scale_of_a_calibrated_weight_is_found(noise, factor):
+    source, fmt = weight(256, 256), BlockFP8((64, 128), "ue8m0")
+    codes, scale = round_weight(source, noisy_moments(256, noise), fmt)
+    scale[2, 1] *= factor
+    report = report_weight(codes, scale, source, fmt.block_size, calibrated=True)
+    assert report.fault == "scale of a block is wrong"
+    assert report.evidence.startswith("1 of 8 blocks; block [2, 1]: ")
