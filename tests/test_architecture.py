@@ -39,7 +39,7 @@ def test_imports_point_one_way():
         ("reference/fp8", "blockscale.ops"),
         ("checkpoint/__init__", "blockscale.cli.main"),
         ("checkpoint/__init__", "blockscale.model.config"),
-        ("model/__init__", "blockscale.evaluate.perplexity"),
+        ("model/__init__", "blockscale.evaluate.compare"),
         ("cli/main", "blockscale.testing"),
     ],
 )

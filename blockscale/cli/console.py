@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +18,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from blockscale.checkpoint.progress import Progress, Silent
+from blockscale.wording import size
 
 # Names of files, tensors and models are printed as they are: no markup or emoji is looked for in them.
 out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -27,15 +28,6 @@ if TYPE_CHECKING:
     from blockscale.checkpoint.problems import Problem
 
 _PLAIN_INTERVAL = 10.0
-
-
-def gigabytes(nbytes: float) -> str:
-    """Decimal bytes with a unit that keeps three digits: `0.49 MB`, `12.3 GB`, `1342 GB`."""
-    for unit, size in (("TB", 1e13), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size:
-            value = nbytes / (1e12 if unit == "TB" else size)
-            return f"{value:.2f} {unit}" if value < 100 else f"{value:.0f} {unit}"
-    return f"{nbytes:.0f} B"
 
 
 def seconds(value: float) -> str:
@@ -68,6 +60,12 @@ def print_problems(problems: tuple[Problem, ...]) -> None:
         out.print(Text(printable(str(problem)), style=style), soft_wrap=True)
     if not problems:
         out.print("problems: none")
+
+
+def print_block_sizes(counts: Mapping[str, int]) -> None:
+    """Print how many weights have blocks of which size, unless all have the usual one."""
+    if counts.keys() - {"128x128"}:
+        out.print("blocks: " + ", ".join(f"{count:,} weights {size}" for size, count in counts.items()))
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -131,10 +129,12 @@ class _Bar:
     def __init__(self, bar: RichProgress) -> None:
         self._bar, self._lock = bar, threading.Lock()
         self._task = bar.add_task("", total=None, tensors=0, total_tensors=0)
-        self._tensors = 0
+        self._tensors = self._total_bytes = self._total_tensors = 0
 
     def start(self, total_bytes: int, total_tensors: int) -> None:
-        self._bar.update(self._task, total=total_bytes, total_tensors=total_tensors)
+        self._total_bytes += total_bytes
+        self._total_tensors += total_tensors
+        self._bar.update(self._task, total=self._total_bytes, total_tensors=self._total_tensors)
 
     def advance(self, nbytes: int, tensors: int) -> None:
         with self._lock:
@@ -147,8 +147,8 @@ class _Counts(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         text = f"{task.fields['tensors']}/{task.fields['total_tensors']} tensors  "
-        text += f"{gigabytes(task.completed)} of {gigabytes(task.total or 0)}"
-        return Text(text + (f"  {gigabytes(task.speed)}/s" if task.speed else ""))
+        text += f"{size(task.completed)} of {size(task.total or 0)}"
+        return Text(text + (f"  {size(task.speed)}/s" if task.speed else ""))
 
 
 class _Lines:
@@ -158,7 +158,8 @@ class _Lines:
         self._started = self._printed = time.monotonic()
 
     def start(self, total_bytes: int, total_tensors: int) -> None:
-        self._total_bytes, self._total_tensors = total_bytes, total_tensors
+        self._total_bytes += total_bytes
+        self._total_tensors += total_tensors
 
     def advance(self, nbytes: int, tensors: int) -> None:
         with self._lock:
@@ -170,8 +171,8 @@ class _Lines:
             self._printed = now
             rate = self._bytes / (now - self._started)
             left = seconds((self._total_bytes - self._bytes) / rate)
-            line = f"{self._tensors}/{self._total_tensors} tensors, {gigabytes(self._bytes)} of "
-            err.print(f"{line}{gigabytes(self._total_bytes)}, {gigabytes(rate)}/s, {left} left")
+            line = f"{self._tensors}/{self._total_tensors} tensors, {size(self._bytes)} of "
+            err.print(f"{line}{size(self._total_bytes)}, {size(rate)}/s, {left} left")
 
 
 def _plain(value: Any) -> Any:

@@ -30,6 +30,7 @@ def command(
     recipe: Annotated[
         Path | None, typer.Option(help="Write a recipe for `quantize` that keeps the costliest.")
     ] = None,
+    report: options.Report = None,
     json: options.Json = False,
 ) -> None:
     """Find what quantization did wrong, what it cost, and where.
@@ -38,21 +39,26 @@ def command(
     """
     from blockscale.evaluate.diagnose import diagnose_weights, measure_costs, rank
     from blockscale.evaluate.session import to_json
-    from blockscale.evaluate.text import read_text, token_ids
+    from blockscale.evaluate.text import read_sequences
     from blockscale.model.text import Tokenizer
+    from blockscale.report.ready import refuse_unready
 
+    refuse_unready(report)
     with console.counting("weights", quiet=json) as count:
         problems, tensors = diagnose_weights(model, against, count)
     costs = []
     if prompts is not None:
-        ids = token_ids(read_text(str(prompts)), Tokenizer(against), None, tokens)
-        length = min(context, len(ids))
-        batch = ids[: len(ids) // length * length].view(-1, length)
+        batch = read_sequences(str(prompts), Tokenizer(against), tokens, context)
         with console.counting("layers", quiet=json) as count:
             costs = measure_costs(model, against, batch, lambda _, total: count(total))
     result = rank(problems, tensors, costs)
     if recipe is not None:
         recipe.write_text(jsonlib.dumps({"exclude": list(result.keep)}, indent=2) + "\n", encoding="utf-8")
+    if report is not None:
+        from blockscale.report.page import write_page
+        from blockscale.report.pages import diagnose_page
+
+        write_page(diagnose_page(result, model, against), report)
     if json:
         print(to_json(result))
     else:

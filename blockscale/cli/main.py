@@ -14,6 +14,7 @@ from blockscale.cli import (
     inspect,
     plan,
     quantize,
+    search,
     tune,
     verify,
 )
@@ -22,13 +23,17 @@ from blockscale.version import __version__
 
 app = typer.Typer(
     help="Block-scaled FP8 models: quantize, dequantize, convert, verify, inspect, plan, generate, "
-    "evaluate, diagnose, tune.",
+    "evaluate, diagnose, search, tune.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (quantize, dequantize, convert, verify, inspect, plan, generate, evaluate, diagnose, tune):
+_COMMANDS = (
+    *(quantize, dequantize, convert, verify, inspect, plan),
+    *(generate, evaluate, diagnose, search, tune),
+)
+for module in _COMMANDS:
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 # Typer carries its own copy of click since 0.26 and used the real one before; this finds the class in either.

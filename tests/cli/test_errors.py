@@ -63,7 +63,7 @@ def test_no_command_shows_the_help(blockscale):
     [
         (
             ("quantize", "SOURCE", "OUT", "--block-size", "128x"),
-            "bad block size (expected two positive integers, as 128x128, got '128x')",
+            "bad block size (expected two positive integers, as 128x128, or auto, got '128x')",
         ),
         (("quantize", "SOURCE", "OUT", "--recipe", "SOURCE/none.json"), "SOURCE/none.json: cannot be read: "),
         (

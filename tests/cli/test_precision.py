@@ -61,10 +61,26 @@ def test_a_quantized_head_is_warned_of_once(tmp_path, source, blockscale):
     ("value", "line"),
     [
         ("expert=fp8", "precision 'expert': unknown role (expected attention | dense_mlp | "),
-        ("experts", "bad precision (expected ROLE=fp8|bf16 or PATTERN=fp8|bf16, got 'experts')"),
-        ("experts=fp16", "precision experts: unknown precision (expected fp8 | bf16, got 'fp16')"),
+        ("experts", "bad precision (expected ROLE or PATTERN=fp8 | fp8:ROWSxCOLUMNS | bf16, got 'experts')"),
+        (
+            "experts=fp16",
+            "precision experts: unknown precision (expected fp8 | fp8:ROWSxCOLUMNS | bf16, got 'fp16')",
+        ),
         ("norm=fp8", "precision 'norm': role is never quantized and has no precision to set"),
         ("*.norm=fp8", "precision *.norm=fp8: nothing becomes FP8 by it"),
+        ("*.norm=fp8:64x64", "precision *.norm=fp8:64x64: nothing becomes FP8 by it"),
+        (
+            "experts=fp8:",
+            "precision experts: bad block size (expected two positive integers, as 128x128, got '')",
+        ),
+        (
+            "experts=fp8:64x",
+            "precision experts: bad block size (expected two positive integers, as 128x128, ",
+        ),
+        (
+            "experts=bf16:64x64",
+            "precision experts: unknown precision (expected fp8 | fp8:ROWSxCOLUMNS | bf16, ",
+        ),
         ("*.q_porj=bf16", "'*.q_porj': pattern matches no tensor"),
     ],
 )
@@ -74,6 +90,39 @@ def test_one_line_and_nothing_is_left(tmp_path, source, blockscale, value, line)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(line)
     assert not (tmp_path / "out").exists()
+
+
+def test_block_sizes_by_tensor_and_auto_are_told(tmp_path, source, blockscale):
+    pytest.importorskip("compressed_tensors")
+    options = (
+        "--layout",
+        "compressed-tensors",
+        "--precision",
+        "default=fp8",
+        "--precision",
+        "experts=fp8:64x64",
+    )
+    code, out, err = blockscale("quantize", source, tmp_path / "a", *options)
+    assert code == 0
+    assert "blocks: 24 weights 128x128, 24 weights 64x64\n" in out
+    assert err == (
+        "warning: 24 weights (24 of 64x64) have other blocks than 128x128, the only ones that vLLM and "
+        "SGLang are known to run\n"
+    )
+    assert "blocks 128x128, 64x64, scale_fmt" in blockscale("inspect", tmp_path / "a")[1]
+    auto = ("--layout", "compressed-tensors", "--block-size", "auto", "--json")
+    dry = json.loads(blockscale("quantize", source, tmp_path / "b", *auto, "--dry-run")[1])
+    assert not (tmp_path / "b").exists()
+    done = json.loads(blockscale("quantize", source, tmp_path / "b", *auto)[1])
+    planned = json.loads(blockscale("plan", source, *auto)[1])
+    assert dry["block_choice"] == planned["block_choice"] == done["block_choice"]
+    chosen = next(iter(done["block_choice"].values()))
+    assert chosen["block_size"] == [128, 128]
+    assert chosen["reason"].startswith("no finer blocks are worth their scales: 64x64 ")
+    assert chosen["scale_bytes"].keys() == {"128x128", "64x64", "32x32", "1x128"}
+    code, out, err = blockscale("quantize", source, tmp_path / "c", "--block-size", "best")
+    assert (code, out) == (2, "")
+    assert err == "bad block size (expected two positive integers, as 128x128, or auto, got 'best')\n"
 
 
 @tiny
