@@ -7,26 +7,27 @@ module of the model multiplies with, are left to plain rounding.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from blockscale import ops
 from blockscale.calibrate.layerwise import Place, Roundings, round_layer
 from blockscale.calibrate.rounding import Rounding, Search
 from blockscale.calibrate.stations import Chunk, Wanted, decoder_layers, first_chunks
-from blockscale.calibrate.text import Calibration
+from blockscale.calibrate.text import Calibration, save_whole
 from blockscale.checkpoint.index import read_index
+from blockscale.checkpoint.plan import signatures
 from blockscale.checkpoint.progress import Progress
 from blockscale.checkpoint.source import Source
-from blockscale.errors import BlockscaleError
+from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.formats import BlockFP8, scale_name
 from blockscale.huggingface.load import load_as_stored
-from blockscale.huggingface.modules import EXPERT_WEIGHTS, is_experts
+from blockscale.huggingface.modules import takes_fp8
 from blockscale.huggingface.targets import Target, find_targets
 
 _ROWS = 8  # sequences that go through a layer at a time
@@ -66,11 +67,14 @@ class CalibratedRounder:
         Raises:
             BlockscaleError: an architecture that transformers does not know or that has no decoder layers, or
                 fewer calibration tokens than a layer has inputs.
+            NonFiniteError: a weight holds NaN or Inf; nobody looks at it again.
         """
         model = load_as_stored(self._source)
         layers, prefix = decoder_layers(model)
         targets = _targets_of_layers(model, self._source, weights, prefix)
         _check_tokens(model, prefix, targets, self._calibration.tokens)
+        for number, mine in targets.items():
+            _refuse_nonfinite(layers[number], mine)
         progress.start(_bytes(model, prefix, targets), sum(map(len, targets.values())))
         chunks = self._chunks(model, layers, folder)
         for number in range(len(layers)):
@@ -100,17 +104,11 @@ def _targets_of_layers(
     model: nn.Module, source: Source, weights: Mapping[str, BlockFP8], prefix: str
 ) -> dict[int, dict[str, Target]]:
     """Decoder layer -> path of a parameter in it -> what it is made of, of parameters that can be rounded."""
-    signatures = {name: (entry.dtype, entry.shape) for name, entry in read_index(source).tensors.items()}
     found: dict[int, dict[str, Target]] = {}
-    for target in find_targets(model, signatures, weights.keys()):
-        module = model.get_submodule(target.path)
-        linear = isinstance(module, nn.Linear) and target.leaf == "weight"
-        if not target.name.startswith(f"{prefix}.") or not (
-            linear or (is_experts(module) and target.leaf in EXPERT_WEIGHTS)
-        ):
-            continue
-        number, _, name = target.name.removeprefix(f"{prefix}.").partition(".")
-        found.setdefault(int(number), {})[name] = target
+    for target in find_targets(model, signatures(read_index(source)), weights.keys()):
+        if target.name.startswith(f"{prefix}.") and takes_fp8(model.get_submodule(target.path), target.leaf):
+            number, _, name = target.name.removeprefix(f"{prefix}.").partition(".")
+            found.setdefault(int(number), {})[name] = target
     return found
 
 
@@ -133,6 +131,17 @@ def _check_tokens(
             got=tokens,
             remedy="more with --calibration-tokens",
         )
+
+
+def _refuse_nonfinite(layer: nn.Module, targets: Mapping[str, Target]) -> None:
+    for name, target in targets.items():
+        parameter = layer.get_parameter(name)
+        count, first = ops.find_nonfinite(parameter.detach())
+        if count:
+            # Of merged experts, the position is that in the merged weight.
+            where = target.sources[0] if len(target.sources) == 1 else target.name
+            position = tuple(int(each) for each in torch.unravel_index(torch.tensor(first), parameter.shape))
+            raise NonFiniteError(count, position, where=where)
 
 
 def _bytes(model: nn.Module, prefix: str, targets: Mapping[int, Mapping[str, Target]]) -> int:
@@ -160,9 +169,7 @@ def _write(file: Path, found: Roundings, targets: Mapping[str, Target]) -> None:
         for place, source in zip(places, target.sources if places else (), strict=True):
             tensors[source] = found[place].codes.cpu().contiguous()
             tensors[scale_name(source)] = found[place].scale.cpu().contiguous()
-    unfinished = file.with_name(f".{file.name}")
-    save_file(tensors, unfinished)
-    os.replace(unfinished, file)
+    save_whole(tensors, file)
 
 
 def _read(file: Path, targets: Mapping[str, Target]) -> Roundings:

@@ -18,7 +18,7 @@ from blockscale.calibrate.activations import quantized_inputs
 from blockscale.calibrate.hessian import add_tokens, no_moments
 from blockscale.calibrate.rounding import Rounding, Search, round_weight
 from blockscale.calibrate.stations import Wanted
-from blockscale.huggingface.modules import EXPERT_WEIGHTS, GATE
+from blockscale.huggingface.modules import EXPERT_WEIGHTS, GATE, through_experts
 
 # (parameter, expert, part) -> codes and scale.
 Rounded = dict[tuple[str, int, int], Rounding]
@@ -77,17 +77,16 @@ class RoundedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """(T, K): every token through its experts (T, k), summed by their weights (T, k)."""
-        out = hidden_states.new_zeros(hidden_states.shape)
-        for expert in top_k_index.unique().tolist():
-            token, choice = (top_k_index == expert).nonzero(as_tuple=True)
-            y = hidden_states[token]
+        """As `huggingface.modules.through_experts`."""
+
+        def compute(expert: int, y: torch.Tensor) -> torch.Tensor:
             for name in EXPERT_WEIGHTS:
                 y = quantized_inputs(y, self._wanted[name].fmt) if name in self._wanted else y
                 y = nn.functional.linear(y, getattr(self.experts, name)[expert])
                 y = getattr(self.experts, GATE)(y) if name == EXPERT_WEIGHTS[0] else y
-            out.index_add_(0, token, y * top_k_weights[token, choice, None].to(y.dtype))
-        return out
+            return y
+
+        return through_experts(hidden_states, top_k_index, top_k_weights, compute)
 
 
 def _tokens(calls: Sequence[Call], expert: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,13 +28,10 @@ from blockscale.calibrate.rounding import Rounding, Search, round_weight
 from blockscale.calibrate.stations import (
     Chunk,
     Wanted,
-    decoder_layers,
     find_stations,
-    first_chunks,
     inputs_of,
     run,
 )
-from blockscale.formats import BlockFP8
 
 
 class Place(NamedTuple):
@@ -46,43 +43,6 @@ class Place(NamedTuple):
 
 
 Roundings = dict[Place, Rounding]
-
-
-@torch.no_grad()
-def round_decoder(
-    model: nn.Module,
-    token_ids: torch.Tensor,
-    fmt: BlockFP8,
-    choose: Callable[[str], bool] = lambda name: True,
-    search: Search | None = None,
-    rows: int = 8,
-) -> dict[str, Rounding]:
-    """Round the linear layers of a decoder without experts, in place, so that its outputs stay as they were.
-
-    Args:
-        model: a transformers causal LM in evaluation mode; float32, or the moments lose digits. The weights
-            that are rounded hold their dequantized values afterwards.
-        token_ids: int64 (B, T), the calibration tokens.
-        fmt: block size and scale format of weights; activations are quantized in groups of block_k.
-        choose: by the name of a weight, whether to round it; others keep full-precision inputs too.
-        search: of the rounding.
-        rows: sequences that go through a layer at a time.
-
-    Returns:
-        Name of the weight -> codes and scale, of every nn.Linear of the decoder layers that `choose` takes.
-
-    Raises:
-        BlockscaleError: no decoder layers, or what round_weight refuses.
-    """
-    layers, prefix = decoder_layers(model)
-    chunks = first_chunks(model, layers, token_ids, rows)
-    found: dict[str, Rounding] = {}
-    for number, layer in enumerate(layers):
-        names = (f"{path}.weight" for path, each in layer.named_modules() if isinstance(each, nn.Linear))
-        wanted = {name: Wanted(fmt) for name in names if choose(f"{prefix}.{number}.{name}")}
-        for place, rounding in round_layer(layer, chunks, wanted, search).items():
-            found[f"{prefix}.{number}.{place.parameter}"] = rounding
-    return found
 
 
 @torch.no_grad()
@@ -138,9 +98,8 @@ def _round_linears(
     search: Search | None,
 ) -> Roundings:
     """Round linear layers that are given the same tensor."""
-    name, (fmt, _) = next((name, (each.fmt, each.parts)) for name, each in wanted.items())
-    path = name.rpartition(".")[0]
-    weight = layer.get_parameter(name)
+    name, fmt = next((name, each.fmt) for name, each in wanted.items())
+    path, weight = name.rpartition(".")[0], layer.get_parameter(name)
     moments = no_moments(weight.shape[1], weight.device)
     for chunk in chunks:
         here = _there(chunk, layer)

@@ -150,7 +150,6 @@ def first_chunks(model: nn.Module, layers: nn.ModuleList, token_ids: torch.Tenso
         return hidden
 
     chunks = []
-    forwards = [layer.forward for layer in layers]
     try:
         for layer in layers:
             layer.forward = passed_on
@@ -163,6 +162,6 @@ def first_chunks(model: nn.Module, layers: nn.ModuleList, token_ids: torch.Tenso
             hidden = seen[0][0].float()
             chunks.append(Chunk(hidden, hidden.clone(), [keywords for _, keywords in seen]))
     finally:
-        for layer, forward in zip(layers, forwards, strict=True):
-            layer.forward = forward
+        for layer in layers:
+            del layer.forward  # that of its class is back
     return chunks

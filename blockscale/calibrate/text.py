@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
+from blockscale.checkpoint.writer import io_errors
 from blockscale.errors import BlockscaleError
 
 SELF = "self"
@@ -31,7 +32,7 @@ class Calibration:
     Attributes:
         texts: each gives an equal share of the tokens; SELF is what the model writes.
         encode: text -> token ids.
-        tokens: in all; a multiple of `length` is taken.
+        tokens: in all; rounded down to a multiple of `length`.
         length: of a sequence.
         seed: of what the model writes.
     """
@@ -41,6 +42,9 @@ class Calibration:
     tokens: int = 131072
     length: int = 1024
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", self.tokens // self.length * self.length)
 
     def settings(self) -> dict[str, Any]:
         """What identifies the tokens."""
@@ -68,10 +72,23 @@ class Calibration:
             for text, count in zip(self.texts, rows, strict=True)
         ]
         ids = torch.cat(parts)
-        unfinished = file.with_name(f"{file.name}.part")
-        save_file({"tokens": ids}, unfinished)
-        os.replace(unfinished, file)
+        save_whole({"tokens": ids}, file)
         return ids
+
+
+def save_whole(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a safetensors file under its final name when it is complete and on the disk, or not at all.
+
+    Raises:
+        BlockscaleError: it cannot be written.
+    """
+    unfinished = file.with_name(f".{file.name}.part")
+    with io_errors(file):
+        with unfinished.open("wb") as stream:
+            stream.write(save(tensors))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, file)
 
 
 def cut_tokens(text: str, encode: Callable[[str], list[int]], rows: int, length: int) -> torch.Tensor:
@@ -106,6 +123,9 @@ def write_tokens(model: nn.Module, rows: int, length: int, seed: int, device: st
     """int64 (rows, length) that a transformers causal LM writes, sampled from what it predicts.
 
     Tokens that end a text are not sampled: every row is one text.
+
+    Raises:
+        BlockscaleError: NaN or Inf in what it predicts.
     """
     from transformers import DynamicCache
 
@@ -122,6 +142,8 @@ def write_tokens(model: nn.Module, rows: int, length: int, seed: int, device: st
         for _ in range(length):
             output = model(input_ids=token.to(device), past_key_values=cache, use_cache=True)
             logits = output.logits[:, -1].float().cpu()
+            if not bool(logits.isfinite().all()):
+                raise BlockscaleError("the model predicts NaN or Inf", remedy="evaluate names the layer")
             logits[:, ends] = -torch.inf
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             written.append(token)

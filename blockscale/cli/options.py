@@ -55,7 +55,8 @@ Calibrate = Annotated[
     ),
 ]
 CalibrationTokens = Annotated[
-    int, typer.Option(min=1024, help="Tokens of calibration text; rounded down to sequences of 1024.")
+    int | None,
+    typer.Option(min=1024, help="Tokens of all calibration texts; 131072 by default, in sequences of 1024."),
 ]
 
 

@@ -25,7 +25,7 @@ def command(
     precision: options.Precision = None,
     recipe_file: options.RecipeFile = None,
     calibrate: options.Calibrate = None,
-    calibration_tokens: options.CalibrationTokens = 131072,
+    calibration_tokens: options.CalibrationTokens = None,
     on_nonfinite: options.OnNonfinite = options.KeepChoice.error,
     workers: options.Workers = None,
     device: options.Device = options.DeviceChoice.auto,
@@ -48,6 +48,8 @@ def command(
     refuse_unready(report_file)
     if dry_run and report_file is not None:
         raise BlockscaleError("a dry run makes nothing to report of", where="--report")
+    if calibration_tokens is not None and not calibrate:
+        raise BlockscaleError("nothing to calibrate on", where="--calibration-tokens", remedy="--calibrate")
     recipe = build_recipe(recipe_file, scale_fmt, block_size, layout, include, exclude, precision)
     if dry_run:
         with console.progress(quiet=json) as progress:
@@ -69,16 +71,18 @@ def command(
 
 
 def _rounder(
-    src: str, revision: str | None, texts: list[str], tokens: int, device: options.DeviceChoice
+    src: str, revision: str | None, texts: list[str], tokens: int | None, device: options.DeviceChoice
 ) -> Rounder:
     """What rounds weights on calibration text; texts are read at once, so that a bad one is told of early."""
-    from blockscale.calibrate.checkpoint import CalibratedRounder
-    from blockscale.calibrate.text import SELF, Calibration
     from blockscale.checkpoint.lanes import usable_device
     from blockscale.checkpoint.source import open_source
     from blockscale.evaluate.text import read_text
     from blockscale.model.text import Tokenizer
 
+    encode = Tokenizer(src, revision).encode  # first of all: it tells where transformers is missing
+    from blockscale.calibrate.checkpoint import CalibratedRounder
+    from blockscale.calibrate.text import SELF, Calibration
+
     read = tuple(text if text == SELF else read_text(text) for text in texts)
-    calibration = Calibration(read, Tokenizer(src, revision).encode, tokens)
+    calibration = Calibration(read, encode) if tokens is None else Calibration(read, encode, tokens)
     return CalibratedRounder(open_source(src, revision), calibration, usable_device(device.value))

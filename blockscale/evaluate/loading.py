@@ -159,9 +159,9 @@ def load_transformers(source: Source, loading: Loading) -> torch.nn.Module:
 
     logging.disable_progress_bar()
     if loading.recipe is None and not is_quantized(source):
-        plain: torch.nn.Module = load_as_stored(source, loading.revision, loading.dtype)
+        plain: torch.nn.Module = load_as_stored(source, loading.dtype)
         return plain
-    place, options = local_or_hub(source, loading.revision)
+    place, options = local_or_hub(source)
     compute: Literal["auto", "high"] = "auto" if loading.compute == "fp8" else "high"
     config = BlockscaleConfig(compute, loading.recipe or False)
     quantized: torch.nn.Module = load_quantized(place, config, dtype=loading.dtype, **options)

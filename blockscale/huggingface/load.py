@@ -56,35 +56,34 @@ def load_model(
     return loader.from_pretrained(path, config=model_config, **options)
 
 
-def load_as_stored(source: Source, revision: str | None = None, dtype: Any = "auto") -> Any:
+def load_as_stored(source: Source, dtype: Any = "auto") -> Any:
     """A model of transformers on the CPU, in evaluation mode, of a checkpoint that is not quantized.
 
     Args:
         source: local folder or Hub repository.
-        revision: of a Hub repository, if its name does not say.
         dtype: of the weights; by default as they are stored.
 
     Raises:
         BlockscaleError: a source that transformers does not read.
     """
-    place, options = local_or_hub(source, revision)
+    place, options = local_or_hub(source)
     return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options).eval()
 
 
-def local_or_hub(source: Source, revision: str | None = None) -> tuple[str, dict[str, str]]:
-    """What transformers calls a source: a path or repository, and the revision.
+def local_or_hub(source: Source) -> tuple[str, dict[str, str]]:
+    """What transformers calls a source: a path, or a repository with the commit that was opened.
 
     Raises:
         BlockscaleError: it is neither.
     """
     if source.is_local:
         return source.root, {}
-    if "://" in source.spec:
+    if not source.pinned:
         expected = "a local folder or a Hub repository"
         raise BlockscaleError("transformers reads no URLs", where=source.spec, expected=expected)
-    place, _, named = source.spec.partition("@")
-    revision = named or revision
-    return place, {"revision": revision} if revision else {}
+    repository, _, rest = source.root.partition("@")
+    commit, _, folder = rest.partition("/")
+    return repository, {"revision": commit, "subfolder": folder}
 
 
 def _stored_entry(path: object, entry: Any, config: BlockscaleConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from blockscale import ops
+from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8, scale_name
 from blockscale.huggingface.linear import Compute, multiply
 
@@ -112,25 +113,12 @@ class FP8Experts(FP8Layer):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Every token through its experts, summed by their weights.
+        """As `through_experts`."""
 
-        Args:
-            hidden_states: (T, K).
-            top_k_index: (T, k), expert of every choice of a token.
-            top_k_weights: (T, k).
+        def compute(expert: int, x: torch.Tensor) -> torch.Tensor:
+            return self._product("down_proj", expert, self._gate(self._product("gate_up_proj", expert, x)))
 
-        Returns:
-            (T, K), of the dtype of hidden_states.
-        """
-        # A place for every choice: summed in one order, whichever experts come first.
-        wide = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
-        out = hidden_states.new_zeros((*top_k_index.shape, hidden_states.shape[-1]), dtype=wide)
-        for expert in top_k_index.unique().tolist():
-            token, choice = (top_k_index == expert).nonzero(as_tuple=True)
-            gated = self._gate(self._product("gate_up_proj", expert, hidden_states[token]))
-            product = self._product("down_proj", expert, gated)
-            out[token, choice] = (product * top_k_weights[token, choice, None]).to(wide)
-        return out.sum(dim=1).to(hidden_states.dtype)
+        return through_experts(hidden_states, top_k_index, top_k_weights, compute)
 
     def _product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         weight = getattr(self, name)[expert]
@@ -139,6 +127,67 @@ class FP8Experts(FP8Layer):
         scale = getattr(self, scale_name(name))[expert]
         pieces = zip(weight.chunk(self.parts[name]), scale.chunk(self.parts[name]), strict=True)
         return torch.cat([multiply(x, *piece, self.fmt, self.compute) for piece in pieces], dim=-1)
+
+
+def through_experts(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    compute: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Every token through its experts, summed by their weights.
+
+    Args:
+        hidden_states: (T, K).
+        top_k_index: (T, k), expert of every choice of a token.
+        top_k_weights: (T, k).
+        compute: an expert on its tokens (T_e, K).
+
+    Returns:
+        (T, K), of the dtype of hidden_states.
+    """
+    # A place for every choice: summed in one order, whichever experts come first.
+    wide = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+    out = hidden_states.new_zeros((*top_k_index.shape, hidden_states.shape[-1]), dtype=wide)
+    for expert in top_k_index.unique().tolist():
+        token, choice = (top_k_index == expert).nonzero(as_tuple=True)
+        product = compute(expert, hidden_states[token])
+        out[token, choice] = (product * top_k_weights[token, choice, None]).to(wide)
+    return out.sum(dim=1).to(hidden_states.dtype)
+
+
+def takes_fp8(module: nn.Module, parameter: str) -> bool:
+    """Whether an `FP8Layer` can stand for the module with this parameter in FP8."""
+    return (type(module) is nn.Linear and parameter == "weight") or (
+        is_experts(module) and parameter in EXPERT_WEIGHTS
+    )
+
+
+def fp8_layer(
+    module: nn.Module, fmt: BlockFP8, compute: Compute, parts: Mapping[str, int], where: str | None = None
+) -> FP8Layer:
+    """The layer that stands for a module, its FP8 weights uninitialized; experts give up their own.
+
+    Args:
+        module: linear layer or fused experts.
+        fmt: block size and scale format.
+        compute: see `BlockscaleConfig`.
+        parts: parameter that becomes FP8 -> how many matrices lie in it one below the other.
+        where: what an error is about.
+
+    Raises:
+        BlockscaleError: no layer can stand for it.
+    """
+    if not all(takes_fp8(module, name) for name in parts):
+        raise BlockscaleError(
+            f"{type(module).__name__} cannot run on FP8 weights",
+            where=where,
+            expected="torch.nn.Linear, or experts of gate_up_proj (E, 2I, K) and down_proj without bias",
+            remedy="leave it out of what is quantized, or dequantize the checkpoint",
+        )
+    if isinstance(module, nn.Linear):
+        return FP8Linear(module, fmt, compute)
+    return FP8Experts(module, fmt, compute, parts)
 
 
 def is_experts(module: nn.Module) -> bool:

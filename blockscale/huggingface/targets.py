@@ -28,7 +28,7 @@ from blockscale.checkpoint.index import read_header
 from blockscale.errors import BlockscaleError, MissingScaleError
 from blockscale.formats import BlockFP8, scale_name
 from blockscale.huggingface.linear import Compute
-from blockscale.huggingface.modules import EXPERT_WEIGHTS, FP8Experts, FP8Layer, FP8Linear, is_experts
+from blockscale.huggingface.modules import fp8_layer
 
 
 @dataclass(frozen=True)
@@ -128,24 +128,15 @@ def replace_layers(model: nn.Module, targets: Sequence[Target], fmt: BlockFP8, c
         BlockscaleError: a target is no weight of a linear layer, nor of experts that `FP8Experts` computes.
     """
     parts: dict[str, dict[str, int]] = {}
+    first: dict[str, str] = {}
     for target in targets:
-        module = model.get_submodule(target.path)
-        linear = type(module) is nn.Linear and target.leaf == "weight"
-        if not linear and not (is_experts(module) and target.leaf in EXPERT_WEIGHTS):
-            raise BlockscaleError(
-                f"{type(module).__name__} cannot run on FP8 weights",
-                where=target.sources[0],
-                expected="torch.nn.Linear, or experts of gate_up_proj (E, 2I, K) and down_proj without bias",
-                remedy="leave it out of what is quantized, or dequantize the checkpoint",
-            )
         parts.setdefault(target.path, {})[target.leaf] = target.parts
-    for path, each in parts.items():
-        module = model.get_submodule(path)
-        layer: FP8Layer
-        if isinstance(module, nn.Linear):
-            layer = FP8Linear(module, fmt, compute)
-        else:
-            layer = FP8Experts(module, fmt, compute, each)
+        first.setdefault(target.path, target.sources[0])
+    made = {
+        path: fp8_layer(model.get_submodule(path), fmt, compute, each, first[path])
+        for path, each in parts.items()
+    }
+    for path, layer in made.items():
         model.set_submodule(path, layer)
 
 

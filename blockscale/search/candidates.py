@@ -115,18 +115,10 @@ def candidates(
 
 
 def _fp8_module(module: nn.Module, parts: Mapping[str, int], fmt: BlockFP8) -> nn.Module:
-    from blockscale.huggingface.modules import EXPERT_WEIGHTS, FP8Experts, FP8Layer, FP8Linear, is_experts
+    from blockscale.huggingface.modules import fp8_layer
 
-    layer: FP8Layer
-    if type(module) is nn.Linear:
-        layer = FP8Linear(module, fmt, "auto")
-    elif is_experts(module) and set(parts) <= set(EXPERT_WEIGHTS):
-        layer = FP8Experts(_copied(module), fmt, "auto", parts)
-    else:
-        raise BlockscaleError(
-            f"{type(module).__name__} cannot run on FP8 weights",
-            expected="torch.nn.Linear, or experts of gate_up_proj (E, 2I, K) and down_proj without bias",
-        )
+    # Of a copy: experts give up their weights to the layer.
+    layer = fp8_layer(_copied(module), fmt, "auto", parts)
     for name in layer.parts:
         codes, scale = layer.quantized(name, getattr(module, name).detach())
         getattr(layer, name).data, getattr(layer, scale_name(name)).data = codes, scale

@@ -1,17 +1,22 @@
+import errno
 import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from blockscale import reference
 from blockscale.calibrate import checkpoint
 from blockscale.calibrate.checkpoint import CalibratedRounder
 from blockscale.calibrate.text import SELF, Calibration
 from blockscale.checkpoint.convert import quantize_checkpoint
+from blockscale.checkpoint.progress import Silent
 from blockscale.checkpoint.recipe import Recipe
-from blockscale.checkpoint.source import open_source
+from blockscale.checkpoint.source import Source, open_source
 from blockscale.checkpoint.verify import verify_checkpoint
-from blockscale.errors import BlockscaleError
+from blockscale.errors import BlockscaleError, NonFiniteError
+from blockscale.formats import BlockFP8
+from blockscale.huggingface.load import local_or_hub
 from tests import data
 
 checkpoints = pytest.importorskip("tests.huggingface.checkpoints")
@@ -167,3 +172,34 @@ def test_too_short_a_text_is_refused(tmp_path):
     source = checkpoints.make(tmp_path / "source", "llama")
     with pytest.raises(BlockscaleError, match=r"too few calibration tokens.*2048 in the text.*got 1000"):
         calibrated(source, tmp_path / "result", text="x" * 1000)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_a_weight_with_nan_is_named(name, tmp_path):
+    source = checkpoints.make(tmp_path / "source", name)
+    tensors = data.read(source)
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match=r"layers\.0\.mlp\.up_proj\.weight.*first at \[3, 5\]"):
+        calibrated(source, tmp_path / "result")
+
+
+def test_a_full_disk_is_told_in_a_line_and_leaves_no_half_file(tmp_path, monkeypatch):
+    source = checkpoints.make(tmp_path / "source", "llama")
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("blockscale.calibrate.text.os.fsync", full)
+    with pytest.raises(BlockscaleError, match="disk is full"):
+        CalibratedRounder(open_source(source), calibration()).run(
+            {"model.layers.0.mlp.up_proj.weight": BlockFP8()}, tmp_path, Silent()
+        )
+    assert not [each for each in tmp_path.iterdir() if each.suffix == ".safetensors"]
+
+
+def test_a_repository_is_read_at_the_commit_that_was_opened():
+    source = Source("org/name@main", object(), "org/name@0123abc/folder", pinned=True)
+    assert local_or_hub(source) == ("org/name", {"revision": "0123abc", "subfolder": "folder"})
+    with pytest.raises(BlockscaleError, match="transformers reads no URLs"):
+        local_or_hub(Source("s3://bucket/name", object(), "bucket/name"))

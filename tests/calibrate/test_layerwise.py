@@ -3,8 +3,9 @@ import torch
 
 from blockscale import reference
 from blockscale.calibrate.activations import quantized_inputs
-from blockscale.calibrate.layerwise import round_decoder
+from blockscale.calibrate.layerwise import round_layer
 from blockscale.calibrate.rounding import Search
+from blockscale.calibrate.stations import Wanted, decoder_layers, first_chunks
 from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8, ScaleFmt
 
@@ -31,6 +32,20 @@ def linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
+
+
+@torch.no_grad()
+def round_decoder(model, ids, fmt, choose=lambda name: True, search=None):
+    """Round all linear layers of a decoder in place, in chunks of three sequences."""
+    layers, prefix = decoder_layers(model)
+    chunks, found = first_chunks(model, layers, ids, 3), {}
+    for number, layer in enumerate(layers):
+        start = f"{prefix}.{number}."
+        names = [name.removeprefix(start) for name in linears(model) if name.startswith(start)]
+        wanted = {name: Wanted(fmt) for name in names if choose(name)}
+        for place, rounding in round_layer(layer, chunks, wanted, search).items():
+            found[start + place.parameter] = rounding
+    return found
 
 
 @torch.no_grad()
@@ -116,7 +131,7 @@ def test_targets_see_the_inputs_of_the_original_model(monkeypatch: pytest.Monkey
     with torch.no_grad():
         original(input_ids=tokens())
     round_decoder(tiny_llama(), tokens(), FMT)
-    x, xq = seen[-1]  # the last linear layer of the last decoder layer
+    x, xq = (torch.cat(parts) for parts in zip(*seen[-3:], strict=True))  # the last linear layer, in chunks
     torch.testing.assert_close(x, inputs[0])
     # By then the quantized model is somewhere else, by more than quantizing these activations would do.
     moved = (xq - x).norm()

@@ -65,3 +65,10 @@ def test_settings_tell_texts_apart():
     one, other = (Calibration((text, SELF), encode, 200, 20).settings() for text in ("a", "b"))
     assert one != other
     assert one["texts"][1] == other["texts"][1] == SELF
+
+
+def test_a_model_that_predicts_nan_is_refused():
+    model = tiny(bos_token_id=1, eos_token_id=2)
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(BlockscaleError, match="predicts NaN or Inf"):
+        write_tokens(model, 2, 4, 0, "cpu")

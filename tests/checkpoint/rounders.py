@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from blockscale import reference
 from blockscale.checkpoint.progress import Progress
 from blockscale.formats import BlockFP8
+from tests import data
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -67,8 +67,4 @@ class StepUp:
             progress.advance(0, 1)
 
     def _read(self, name: str) -> torch.Tensor:
-        for path in self.source.glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
-                if name in file.keys():  # noqa: SIM118
-                    return file.get_tensor(name)
-        raise KeyError(name)
+        return data.read(self.source)[name]

@@ -70,6 +70,10 @@ def test_no_command_shows_the_help(blockscale):
             ("quantize", "SOURCE", "OUT", "--recipe", "SOURCE/tokenizer.json"),
             "SOURCE/tokenizer.json: bad recipe: ",
         ),
+        (
+            ("quantize", "SOURCE", "OUT", "--calibration-tokens", "4096"),
+            "--calibration-tokens: nothing to calibrate on",
+        ),
         (("quantize", "SOURCE", "SOURCE"), "SOURCE: source and destination overlap; write to another folder"),
         (("quantize", "SOURCE", "SOURCE/config.json"), "SOURCE/config.json: "),
         (("quantize", "SOURCE/absent", "OUT"), "SOURCE/absent: no such folder"),
