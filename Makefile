@@ -6,8 +6,13 @@
 # Variables: PYTHON (the interpreter to build the environment with), VENV, PIP_FLAGS (options for every pip install,
 # say --index-url), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS.
 
+# `make accuracy` also takes WIKITEXT (a file in place of the test split on the Hub), and TINY with GUTENBERG (a
+# checkpoint, and a folder with train.txt.xz and val.txt) for a second model.
+
 PYTHON ?= python3
 VENV ?= .venv
+BUILD ?= build/accuracy
+WIKITEXT ?= wikitext2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 PINS := pyproject.toml constraints.txt
@@ -15,7 +20,7 @@ CODE := blockscale benchmarks examples tests
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean distclean
+.PHONY: help demo test lint format bench accuracy clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +46,17 @@ format: $(VENV)/.dev  ## rewrite the code in the house style
 
 bench: $(VENV)/.dev  ## cast rates against a plain copy; benchmarks/bench_convert.py needs disk space, run it by hand
 	$(BIN)/python benchmarks/bench_cast.py $(BENCH_FLAGS)
+
+accuracy: $(VENV)/.accuracy  ## table of the README: accuracy in FP8, plain and calibrated (a GPU helps)
+	$(BIN)/python examples/smollm2.py $(BUILD)/smollm2
+	$(BIN)/python benchmarks/wikipedia_text.py $(BUILD)/wikipedia.txt
+	$(BIN)/python benchmarks/bench_accuracy.py plain wikipedia=$(BUILD)/wikipedia.txt self=self \
+	  --model SmolLM2-135M-Instruct=$(BUILD)/smollm2 --text $(WIKITEXT) --first 32 --tokens 393216 \
+	  --results $(BUILD)/accuracy.jsonl
+	@[ -z "$(TINY)" ] || $(BIN)/python benchmarks/bench_accuracy.py plain gutenberg=$(GUTENBERG)/train.txt.xz \
+	  --model tiny-deepseek-v3=$(TINY) --text $(GUTENBERG)/val.txt --context 512 --limit 160 --tokens 131072 \
+	  --results $(BUILD)/accuracy.jsonl
+	$(BIN)/python benchmarks/bench_accuracy.py --table --results $(BUILD)/accuracy.jsonl
 
 clean:  ## remove what was built and every cache
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -72,4 +88,8 @@ $(VENV)/.demo: $(VENV)/.torch
 
 $(VENV)/.dev: $(VENV)/.torch
 	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.accuracy: $(VENV)/.demo
+	$(INSTALL) --constraint constraints.txt --editable '.[demo,eval]' gensim==4.4.0 sacremoses==0.2.0 datasets
 	@touch $@

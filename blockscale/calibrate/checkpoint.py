@@ -3,12 +3,17 @@
 What a layer's weights became is written before the next layer begins. A run that was interrupted reads
 finished layers back: they only pass both streams on. Weights outside the decoder layers, and such as no
 module of the model multiplies with, are left to plain rounding.
+
+In memory are one decoder layer at a time, and at the beginning what the first one's inputs come from. Only to
+write text itself the model has to be there as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,14 +25,14 @@ from blockscale.calibrate.layerwise import Place, Roundings, round_layer
 from blockscale.calibrate.rounding import Rounding, Search
 from blockscale.calibrate.stations import Chunk, Wanted, decoder_layers, first_chunks
 from blockscale.calibrate.text import Calibration, save_whole
-from blockscale.checkpoint.index import read_index
-from blockscale.checkpoint.plan import signatures
 from blockscale.checkpoint.progress import Progress
+from blockscale.checkpoint.rounded import ExpertTokens, add_experts
 from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.formats import BlockFP8, scale_name
 from blockscale.huggingface.load import load_as_stored
 from blockscale.huggingface.modules import takes_fp8
+from blockscale.huggingface.partial import PartialModel, open_partial, parameters_outside, read_tensor
 from blockscale.huggingface.targets import Target, find_targets
 
 _ROWS = 8  # sequences that go through a layer at a time
@@ -69,44 +74,75 @@ class CalibratedRounder:
                 fewer calibration tokens than a layer has inputs.
             NonFiniteError: a weight holds NaN or Inf; nobody looks at it again.
         """
-        model = load_as_stored(self._source)
+        partial = open_partial(self._source)
+        model = partial.model
         layers, prefix = decoder_layers(model)
-        targets = _targets_of_layers(model, self._source, weights, prefix)
+        targets = _targets_of_layers(partial, weights, prefix)
         _check_tokens(model, prefix, targets, self._calibration.tokens)
-        for number, mine in targets.items():
-            _refuse_nonfinite(layers[number], mine)
+        _refuse_nonfinite(partial, targets)
         progress.start(_bytes(model, prefix, targets), sum(map(len, targets.values())))
-        chunks = self._chunks(model, layers, folder)
+        chunks = self._chunks(partial, layers, prefix, folder)
         for number in range(len(layers)):
-            layer, layers[number] = layers[number], nn.Identity()  # its memory goes with it
             mine = targets.get(number, {})
-            wanted = {name: Wanted(weights[each.sources[0]], each.parts) for name, each in mine.items()}
             file = folder / f"layer-{number:05d}.safetensors"
             known = _read(file, mine) if file.exists() else None
-            found = round_layer(layer.to(self._device).float(), chunks, wanted, self._search, known)
+            wanted = {name: Wanted(weights[each.sources[0]], each.parts) for name, each in mine.items()}
+            layer = _taken_out(partial, layers, prefix, number)
+            found, tokens = round_layer(layer.to(self._device).float(), chunks, wanted, self._search, known)
+            size, needed = _layer_bytes(layer, mine), _inputs(layer, mine)
+            del layer  # before the next one is read
             if known is None and found:
+                for path, counts in tokens.items():
+                    add_experts(folder, _told(number, counts, needed[path]))
                 _write(file, found, mine)
-            progress.advance(_layer_bytes(layer, mine), len(mine))
+            progress.advance(size, len(mine))
 
-    def _chunks(self, model: nn.Module, layers: nn.ModuleList, folder: Path) -> list[Chunk]:
-        """Both streams before the first layer."""
-        ids = self._calibration.token_ids(model, folder / ".tokens.safetensors", self._device)
-        whole = list(layers)
-        for number in range(len(layers)):
-            layers[number] = nn.Identity()
-        model.float()  # all but the layers, each of which is when its turn comes
-        for number, layer in enumerate(whole):
+    def _chunks(self, partial: PartialModel, layers: nn.ModuleList, prefix: str, folder: Path) -> list[Chunk]:
+        """Both streams before the first layer; what lies outside the layers is in memory only here."""
+
+        def whole() -> nn.Module:
+            return load_as_stored(self._source)
+
+        ids = self._calibration.token_ids(whole, folder / ".tokens.safetensors", self._device)
+        outside = parameters_outside(partial.model, prefix)
+        partial.load(outside)
+        with _set_aside(layers):
+            partial.model.float()
+        chunks = first_chunks(partial.model, layers, ids, _ROWS)
+        with _set_aside(layers):
+            partial.model.to_empty(device="meta")
+        return chunks
+
+
+@contextmanager
+def _set_aside(layers: nn.ModuleList) -> Iterator[None]:
+    """What is done to the model is not done to its layers."""
+    kept = list(layers)
+    for number in range(len(kept)):
+        layers[number] = nn.Identity()
+    try:
+        yield
+    finally:
+        for number, layer in enumerate(kept):
             layers[number] = layer
-        return first_chunks(model, layers, ids, _ROWS)
+
+
+def _taken_out(partial: PartialModel, layers: nn.ModuleList, prefix: str, number: int) -> nn.Module:
+    """A decoder layer, in memory, and no longer part of the model."""
+    partial.load([name for name in partial.model.state_dict() if name.startswith(f"{prefix}.{number}.")])
+    layer, layers[number] = layers[number], nn.Identity()
+    return layer
 
 
 def _targets_of_layers(
-    model: nn.Module, source: Source, weights: Mapping[str, BlockFP8], prefix: str
+    partial: PartialModel, weights: Mapping[str, BlockFP8], prefix: str
 ) -> dict[int, dict[str, Target]]:
     """Decoder layer -> path of a parameter in it -> what it is made of, of parameters that can be rounded."""
     found: dict[int, dict[str, Target]] = {}
-    for target in find_targets(model, signatures(read_index(source)), weights.keys()):
-        if target.name.startswith(f"{prefix}.") and takes_fp8(model.get_submodule(target.path), target.leaf):
+    tensors = {name: (entry.dtype, entry.shape) for name, entry in partial.entries.items()}
+    for target in find_targets(partial.model, tensors, weights.keys()):
+        module = partial.model.get_submodule(target.path)
+        if target.name.startswith(f"{prefix}.") and takes_fp8(module, target.leaf):
             number, _, name = target.name.removeprefix(f"{prefix}.").partition(".")
             found.setdefault(int(number), {})[name] = target
     return found
@@ -133,15 +169,15 @@ def _check_tokens(
         )
 
 
-def _refuse_nonfinite(layer: nn.Module, targets: Mapping[str, Target]) -> None:
-    for name, target in targets.items():
-        parameter = layer.get_parameter(name)
-        count, first = ops.find_nonfinite(parameter.detach())
+def _refuse_nonfinite(partial: PartialModel, targets: Mapping[int, Mapping[str, Target]]) -> None:
+    """Read every weight once before hours go into the first of them."""
+    names = [name for mine in targets.values() for target in mine.values() for name in target.sources]
+    for name in names:
+        weight = read_tensor(partial.source, partial.entries[name])
+        count, first = ops.find_nonfinite(weight)
         if count:
-            # Of merged experts, the position is that in the merged weight.
-            where = target.sources[0] if len(target.sources) == 1 else target.name
-            position = tuple(int(each) for each in torch.unravel_index(torch.tensor(first), parameter.shape))
-            raise NonFiniteError(count, position, where=where)
+            position = tuple(int(each) for each in torch.unravel_index(torch.tensor(first), weight.shape))
+            raise NonFiniteError(count, position, where=name)
 
 
 def _bytes(model: nn.Module, prefix: str, targets: Mapping[int, Mapping[str, Target]]) -> int:
@@ -153,6 +189,21 @@ def _bytes(model: nn.Module, prefix: str, targets: Mapping[int, Mapping[str, Tar
 def _layer_bytes(layer: nn.Module, targets: Mapping[str, Target]) -> int:
     """Values of the weights that are rounded, which is the bytes of their codes."""
     return sum(layer.get_parameter(name).numel() for name in targets)
+
+
+def _inputs(layer: nn.Module, targets: Mapping[str, Target]) -> dict[str, int]:
+    """Path of a module -> the most inputs of its weights that are rounded."""
+    widths: dict[str, int] = {}
+    for name in targets:
+        path = name.rpartition(".")[0]
+        widths[path] = max(widths.get(path, 0), layer.get_parameter(name).shape[-1])
+    return widths
+
+
+def _told(layer: int, tokens: tuple[int, ...], needed: int) -> ExpertTokens:
+    """What the user is told of the experts of a layer."""
+    plain = tuple(expert for expert, count in enumerate(tokens) if count < needed)
+    return ExpertTokens(layer, len(tokens), min(tokens), median(tokens), needed, plain)
 
 
 def _write(file: Path, found: Roundings, targets: Mapping[str, Target]) -> None:

@@ -67,6 +67,14 @@ def round_experts(
     return found
 
 
+def count_tokens(calls: Sequence[Call], experts: int) -> tuple[int, ...]:
+    """How many tokens each of so many experts is given."""
+    counts = torch.zeros(experts, dtype=torch.int64)
+    for call in calls:
+        counts += torch.bincount(call.experts.flatten().cpu(), minlength=experts)
+    return tuple(counts.tolist())
+
+
 class RoundedExperts(nn.Module):
     """Experts that quantize their activations; called as those they stand for."""
 

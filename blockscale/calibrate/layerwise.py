@@ -5,9 +5,10 @@ with quantized weights and quantized activations. At every station of a layer (s
 both are summed to moments, chunk by chunk, then the station's linear layers are rounded: the inputs of the
 next station come from layers that are rounded already. When all are, both streams move on to the next layer.
 
-Memory, beside the model: both streams; a decoder layer twice, a chunk's inputs, and the moments of one
-station. The layer is run up to each station anew, about three forward passes of each stream: so no inputs of
-whole streams are kept, but those of routed experts.
+Memory, beside the weights: both streams; a decoder layer twice, a chunk's inputs, and the moments of one
+station. The layer is run up to each station anew, so that no inputs of whole streams are kept, but those of
+routed experts. What attention and experts give once all of their stations are rounded is kept on the host,
+each as much as the streams, and computed no more.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from blockscale import ops
 from blockscale.calibrate.activations import quantized_inputs
-from blockscale.calibrate.experts import Call, RoundedExperts, round_experts
+from blockscale.calibrate.experts import Call, RoundedExperts, count_tokens, round_experts
 from blockscale.calibrate.hessian import add_tokens, no_moments
 from blockscale.calibrate.rounding import Rounding, Search, round_weight
 from blockscale.calibrate.stations import (
     Chunk,
     Wanted,
     find_stations,
+    finished_modules,
+    given,
     inputs_of,
+    moved,
     run,
 )
+from blockscale.huggingface.modules import EXPERT_WEIGHTS
 
 
 class Place(NamedTuple):
@@ -45,6 +50,18 @@ class Place(NamedTuple):
 Roundings = dict[Place, Rounding]
 
 
+class RoundedLayer(NamedTuple):
+    """What became of a decoder layer.
+
+    Attributes:
+        roundings: codes and scale of every matrix.
+        tokens: path of routed experts -> tokens that each of them was given.
+    """
+
+    roundings: Roundings
+    tokens: dict[str, tuple[int, ...]]
+
+
 @torch.no_grad()
 def round_layer(
     layer: nn.Module,
@@ -52,7 +69,7 @@ def round_layer(
     wanted: Mapping[str, Wanted],
     search: Search | None = None,
     known: Mapping[Place, Rounding] | None = None,
-) -> Roundings:
+) -> RoundedLayer:
     """Round a decoder layer in place, and move both streams on to the next one.
 
     Args:
@@ -61,51 +78,87 @@ def round_layer(
         wanted: path of a parameter in the layer -> how it is to be rounded: the weight of a linear layer, or
             one of fused experts.
         search: of the rounding.
-        known: what an earlier call found; nothing is rounded then.
+        known: what an earlier call found; nothing is rounded then, and no tokens are counted.
 
     Returns:
-        Codes and scale of every matrix. Linear layers that are never called are not there.
+        Codes and scale of every matrix; linear layers that are never called are not there.
 
     Raises:
         BlockscaleError: a linear layer is called twice, or what round_weight refuses.
     """
     original = copy.deepcopy(layer)
     found: Roundings = {}
+    tokens: dict[str, tuple[int, ...]] = {}
     with _quantizing(layer) as quantize:
-        for paths in find_stations(original, _there(chunks[0], layer), wanted):
+        stations = find_stations(original, _there(chunks[0], layer), wanted)
+        for number, paths in enumerate(stations):
             mine = {name: each for name, each in wanted.items() if name.rpartition(".")[0] in paths}
             if known is not None:
                 found |= {place: rounding for place, rounding in known.items() if place.parameter in mine}
                 _put(layer, mine, found)
-            elif isinstance(layer.get_submodule(paths[0]), nn.Linear):
-                found |= _round_linears(layer, original, chunks, mine, search)
             else:
-                found |= _round_experts(layer, original, chunks, paths[0], mine, search)
+                before, after = (
+                    finished_modules(layer, stations[:end], stations[end:]) for end in (number, number + 1)
+                )
+                station = _Station(paths[0], before, after, original, layer)
+                if isinstance(layer.get_submodule(paths[0]), nn.Linear):
+                    found |= _round_linears(station, chunks, mine, search)
+                else:
+                    rounded, tokens[paths[0]] = _round_experts(station, chunks, mine, search)
+                    found |= rounded
             quantize(paths, mine)
-        for chunk in chunks:
-            here = _there(chunk, layer)
-            chunk.original = run(original, here.original, here.keywords[0]).to(chunk.original.device)
-            chunk.quantized = run(layer, here.quantized, here.keywords[0]).to(chunk.quantized.device)
-            chunk.keywords = chunk.keywords[1:]
-    return found
+        _move_on(original, layer, chunks)
+    return RoundedLayer(found, tokens)
+
+
+def _move_on(original: nn.Module, layer: nn.Module, chunks: Sequence[Chunk]) -> None:
+    """Both streams through the layer."""
+    for chunk in chunks:
+        here = _there(chunk, layer)
+        with given(original, (), chunk.outputs[0]), given(layer, (), chunk.outputs[1]):
+            x = run(original, here.original, here.keywords[0])
+            y = run(layer, here.quantized, here.keywords[0])
+        chunk.original, chunk.quantized = x.to(chunk.original.device), y.to(chunk.quantized.device)
+        chunk.keywords, chunk.outputs = chunk.keywords[1:], ({}, {})
+
+
+class _Station(NamedTuple):
+    """A station that is to be rounded.
+
+    Attributes:
+        path: of one of its modules.
+        before: modules whose outputs do not change any more.
+        after: the same, when the station is rounded: in the original model they do not change now.
+        original: the layer as it was.
+        layer: the layer, rounded and quantizing up to here.
+    """
+
+    path: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    original: nn.Module
+    layer: nn.Module
+
+    def inputs(self, chunk: Chunk) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """What the module is called with for a chunk, in the original and in the quantized model."""
+        here, path = _there(chunk, self.layer), self.path
+        until = next((each for each in self.after if f"{path}.".startswith(f"{each}.")), None)
+        with given(self.original, self.after, chunk.outputs[0]):
+            x = inputs_of(self.original, path, here.original, here.keywords[0], until)
+        with given(self.layer, self.before, chunk.outputs[1]):
+            return x, inputs_of(self.layer, path, here.quantized, here.keywords[0])
 
 
 def _round_linears(
-    layer: nn.Module,
-    original: nn.Module,
-    chunks: Sequence[Chunk],
-    wanted: Mapping[str, Wanted],
-    search: Search | None,
+    station: _Station, chunks: Sequence[Chunk], wanted: Mapping[str, Wanted], search: Search | None
 ) -> Roundings:
     """Round linear layers that are given the same tensor."""
-    name, fmt = next((name, each.fmt) for name, each in wanted.items())
-    path, weight = name.rpartition(".")[0], layer.get_parameter(name)
+    layer, fmt = station.layer, next(iter(wanted.values())).fmt
+    weight = layer.get_parameter(next(iter(wanted)))
     moments = no_moments(weight.shape[1], weight.device)
     for chunk in chunks:
-        here = _there(chunk, layer)
-        x = inputs_of(original, path, here.original, here.keywords[0])[0]
-        xq = quantized_inputs(inputs_of(layer, path, here.quantized, here.keywords[0])[0], fmt)
-        moments = add_tokens(moments, x, xq)
+        (x, *_), (y, *_) = station.inputs(chunk)
+        moments = add_tokens(moments, x, quantized_inputs(y, fmt))
     found: Roundings = {}
     for name in wanted:
         weight = layer.get_parameter(name)
@@ -115,24 +168,18 @@ def _round_linears(
 
 
 def _round_experts(
-    layer: nn.Module,
-    original: nn.Module,
-    chunks: Sequence[Chunk],
-    path: str,
-    wanted: Mapping[str, Wanted],
-    search: Search | None,
-) -> Roundings:
-    """Round the routed experts of the layer."""
+    station: _Station, chunks: Sequence[Chunk], wanted: Mapping[str, Wanted], search: Search | None
+) -> tuple[Roundings, tuple[int, ...]]:
+    """Round the routed experts of the layer; also how many tokens each was given."""
     calls = []
     for chunk in chunks:
-        here = _there(chunk, layer)
-        x = inputs_of(original, path, here.original, here.keywords[0])[0]
-        y, index = inputs_of(layer, path, here.quantized, here.keywords[0])[:2]
+        (x, *_), (y, index, *_) = station.inputs(chunk)
         calls.append(Call(x.to(chunk.original.device), y.to(chunk.original.device), index))
     leaves = {name.rpartition(".")[2]: each for name, each in wanted.items()}
-    twin = original.get_submodule(path)
-    rounded = round_experts(layer.get_submodule(path), twin, calls, leaves, search)
-    return {Place(f"{path}.{leaf}", *where): rounding for (leaf, *where), rounding in rounded.items()}
+    module, twin = (each.get_submodule(station.path) for each in (station.layer, station.original))
+    rounded = round_experts(module, twin, calls, leaves, search)
+    found = {Place(f"{station.path}.{leaf}", *where): each for (leaf, *where), each in rounded.items()}
+    return found, count_tokens(calls, len(getattr(module, EXPERT_WEIGHTS[0])))
 
 
 def _put(layer: nn.Module, wanted: Mapping[str, Wanted], roundings: Roundings) -> None:
@@ -177,15 +224,5 @@ def _quantizing(layer: nn.Module) -> Iterator[Callable[[Sequence[str], Mapping[s
 def _there(chunk: Chunk, layer: nn.Module) -> Chunk:
     """The chunk where the layer is."""
     device = next(layer.parameters()).device
-    keywords = [_moved(each, device) for each in chunk.keywords[:1]]
+    keywords = [moved(each, device) for each in chunk.keywords[:1]]
     return Chunk(chunk.original.to(device), chunk.quantized.to(device), keywords)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(each, device) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(each, device) for each in value)
-    return value

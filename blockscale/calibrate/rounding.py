@@ -28,10 +28,10 @@ from typing import NamedTuple
 
 import torch
 
-from blockscale import reference
+from blockscale import ops
 from blockscale.calibrate.hessian import DAMPING, SHARE, Moments, damped, output_error, target_weight
 from blockscale.errors import BlockscaleError
-from blockscale.formats import E4M3_MAX, BlockFP8, ScaleFmt
+from blockscale.formats import BlockFP8, ScaleFmt
 from blockscale.reference.fp8 import MIN_WEIGHT_SCALE
 
 # Factors of the scale that the largest value of a block asks for. E4M3 is a floating format: another power of
@@ -88,7 +88,7 @@ def round_weight(
     search = search or Search()
     factors = FACTORS[fmt.scale_fmt] if search.factors is None else search.factors
     _check(weight, moments, fmt, factors)
-    plain = reference.quantize_weight(weight, fmt.block_size, fmt.scale_fmt)
+    plain = ops.quantize_weight(weight, fmt.block_size, fmt.scale_fmt)
     norm = damped(moments, search.damping)
     target = target_weight(weight, moments, search.damping, search.share)
     found = _round_columns(target, inverse_factor(norm), fmt, factors)
@@ -119,63 +119,39 @@ def _round_columns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Steps 1 and 2: codes and scale of the target (N, K), given U with U^T U = H^-1."""
     work, side = target.clone(), fmt.block_size[1]
+    every = torch.arange(len(work), device=work.device)
     codes, scales = [], []
     for start in range(0, target.shape[1], side):
-        block = slice(start, start + side)
+        block, behind = slice(start, start + side), slice(start + side, None)
         # The largest value is that of the columns as they are now, made up for those before them.
-        _, plain = reference.quantize_weight(work[:, block], fmt.block_size, fmt.scale_fmt)
+        _, plain = ops.quantize_weight(work[:, block], fmt.block_size, fmt.scale_fmt)
         tried = torch.stack([(plain[:, 0] * each).clamp_min(MIN_WEIGHT_SCALE) for each in factors])
-        rows = tried.repeat_interleave(fmt.block_size[0], 1)[:, : len(work)]  # (F, N)
-        rounded, errors = _round_block(work[:, block], factor[block, block], rows)
-        losses = _row_block_sums(errors.square().sum(0), fmt.block_size[0])  # (F, ceil(N/bn))
+        rows = _of_rows(tried, fmt, len(work))[..., None]  # (F, N, 1)
+        rounded = ops.round_columns(work[:, block], factor[block, block], rows, side)
+        losses = _row_block_sums(rounded.loss, fmt.block_size[0])  # (F, ceil(N/bn))
         best = losses.argmin(0)
-        mine = best.repeat_interleave(fmt.block_size[0])[: len(work)]
-        index = mine.expand(len(rounded), 1, -1)
-        codes.append(_to_e4m3(rounded.gather(1, index)[:, 0].T))
+        mine = _of_rows(best, fmt, len(work))
+        codes.append(rounded.codes[mine, every].to(torch.float8_e4m3fn))
         scales.append(tried.gather(0, best[None])[0])
-        work[:, start + side :] -= errors.gather(1, index)[:, 0].T @ factor[block, start + side :]
+        work[:, behind] -= rounded.errors[mine, every] @ factor[block, behind]
     return torch.cat(codes, 1), torch.stack(scales, 1)
-
-
-def _round_block(
-    columns: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns (N, B) in order with every candidate: codes, as float32 numbers, and e_j, both (B, F, N).
-
-    Args:
-        columns: as made up for all columns before the block.
-        factor: (B, B), of U.
-        scale: (F, N), the candidates of every row.
-    """
-    work = columns.T[:, None].repeat(1, len(scale), 1)  # (B, F, N): a column of all candidates is contiguous
-    codes, errors, flat = torch.empty_like(work), torch.empty_like(work), work.view(len(work), -1)
-    for column in range(len(work)):
-        codes[column] = _to_e4m3(work[column] / scale).float()
-        errors[column] = (work[column] - codes[column] * scale) / factor[column, column]
-        flat[column + 1 :].addr_(factor[column, column + 1 :], errors[column].view(-1), alpha=-1)
-    return codes, errors
 
 
 def _sweep(
     target: torch.Tensor, norm: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, fmt: BlockFP8
 ) -> torch.Tensor:
     """Step 3: codes after every column was rounded once more, given all others and the scales."""
-    side, diagonal = fmt.block_size[1], norm.diagonal()
-    values = reference.dequantize_weight(codes, scale, fmt.block_size, torch.float32)
-    slope = ((target - values) @ norm).T.contiguous()  # (K, N): H (W' - Q)^T
-    result = codes.T.float().contiguous()
-    for start in range(0, len(norm), side):
-        block = slice(start, start + side)
-        rows = scale[:, start // side].repeat_interleave(fmt.block_size[0])[: len(target)]
-        local, within = slope[block].clone(), norm[block, block]
-        before = result[block] * rows
-        for column, wanted in enumerate(before + 0.0):
-            wanted += local[column] / diagonal[start + column]
-            result[start + column] = _to_e4m3(wanted / rows).float()
-            change = result[start + column] * rows - before[column]
-            local[column + 1 :].addr_(within[column, column + 1 :], change, alpha=-1)
-        slope -= norm[:, block] @ (result[block] * rows - before)
-    return result.T.to(codes.dtype).contiguous()
+    side = fmt.block_size[1]
+    slope = (target - ops.dequantize_weight(codes, scale, fmt.block_size, torch.float32)) @ norm
+    result = []
+    for number, before in enumerate(codes.float().split(side, 1)):
+        block = slice(number * side, (number + 1) * side)
+        behind = slice(block.stop, None)  # the slopes of the columns before are not looked at again
+        rows = _of_rows(scale[:, number], fmt, len(codes))[:, None]
+        after = ops.descend_columns(slope[:, block], before, norm[block, block], rows, side)
+        slope[:, behind] -= (after * rows - before * rows) @ norm[block, behind]
+        result.append(after)
+    return torch.cat(result, 1).to(codes.dtype)
 
 
 def _better_rows(
@@ -189,7 +165,7 @@ def _better_rows(
     side = fmt.block_size[0]
     losses = []
     for codes, scale in (found, plain):
-        values = reference.dequantize_weight(codes, scale, fmt.block_size, torch.float32)
+        values = ops.dequantize_weight(codes, scale, fmt.block_size, torch.float32)
         losses.append(_row_block_sums(output_error(target - values, norm)[None], side)[0])
     worse = losses[0] > losses[1]
     rows = worse.repeat_interleave(side)[: len(target), None]
@@ -203,8 +179,9 @@ def _row_block_sums(x: torch.Tensor, side: int) -> torch.Tensor:
     return padded.view(len(x), -1, side).sum(2)
 
 
-def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+def _of_rows(x: torch.Tensor, fmt: BlockFP8, rows: int) -> torch.Tensor:
+    """Values (..., ceil(N/block_n)) of blocks as those of rows, (..., N)."""
+    return x.repeat_interleave(fmt.block_size[0], -1)[..., :rows]
 
 
 def _check(weight: torch.Tensor, moments: Moments, fmt: BlockFP8, factors: tuple[float, ...]) -> None:

@@ -7,13 +7,14 @@ calls them, and what arrives at one depends on those before it alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8
@@ -40,11 +41,14 @@ class Chunk:
         original: (B, T, hidden) in the original model, before the next decoder layer.
         quantized: the same in the quantized model.
         keywords: what the decoder layers to come are called with beside hidden states; the next one first.
+        outputs: of modules of the layer at hand, in the original and in the quantized model: those that do
+            not change any more, by their paths.
     """
 
     original: torch.Tensor
     quantized: torch.Tensor
     keywords: list[dict[str, Any]]
+    outputs: tuple[dict[str, Any], dict[str, Any]] = field(default_factory=lambda: ({}, {}))
 
 
 class _Reached(Exception):
@@ -85,27 +89,114 @@ def find_stations(layer: nn.Module, chunk: Chunk, wanted: Mapping[str, Wanted]) 
 
 
 def inputs_of(
-    layer: nn.Module, path: str, hidden: torch.Tensor, keywords: dict[str, Any]
+    layer: nn.Module, path: str, hidden: torch.Tensor, keywords: dict[str, Any], until: str | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """What a module of the layer is called with; nothing after it is computed."""
+    """What a module of the layer is called with; nothing is computed after it, or after module `until`."""
     seen: list[tuple[torch.Tensor, ...]] = []
 
     def before(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         seen.append(arguments)
+        if until is None:
+            raise _Reached
+
+    def after(*_: object) -> None:
         raise _Reached
 
-    with _removed([layer.get_submodule(path).register_forward_pre_hook(before, prepend=True)]):
-        try:
-            run(layer, hidden, keywords)
-        except _Reached:
-            return seen[0]
-    raise BlockscaleError("a linear layer is not always called", where=path)
+    hooks: list[Any] = [layer.get_submodule(path).register_forward_pre_hook(before, prepend=True)]
+    if until is not None:
+        hooks.append(layer.get_submodule(until).register_forward_hook(after))
+    with _removed(hooks), suppress(_Reached):
+        run(layer, hidden, keywords)
+    if not seen:
+        raise BlockscaleError("a linear layer is not always called", where=path)
+    return seen[0]
+
+
+def finished_modules(
+    layer: nn.Module, past: Sequence[Sequence[str]], ahead: Sequence[Sequence[str]]
+) -> tuple[str, ...]:
+    """The outermost modules with stations of which all are past; single linear layers not.
+
+    What they give does not change any more.
+    """
+
+    def has(module: str, stations: Sequence[Sequence[str]]) -> bool:
+        return any(f"{path}.".startswith(f"{module}.") for paths in stations for path in paths)
+
+    found: list[str] = []
+    for name, module in layer.named_modules():
+        whole = name and not isinstance(module, nn.Linear) and has(name, past) and not has(name, ahead)
+        if whole and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return tuple(found)
+
+
+@contextmanager
+def given(layer: nn.Module, paths: Sequence[str], outputs: dict[str, Any]) -> Iterator[None]:
+    """Modules of a layer give the outputs that are known, and what others give becomes known.
+
+    Args:
+        layer: which is run once.
+        paths: of modules whose outputs do not change any more.
+        outputs: path -> output, on the host; those of `paths` that are missing are put there.
+    """
+    host, here = torch.device("cpu"), next(layer.parameters()).device
+    replaced = [(layer.get_submodule(path), output) for path, output in outputs.items()]
+
+    def keep(path: str) -> Callable[..., None]:
+        def after(_: nn.Module, __: object, output: Any) -> None:
+            for inner in [each for each in outputs if each.startswith(f"{path}.")]:
+                del outputs[inner]
+            outputs[path] = moved(output, host, copy=True)  # whoever called may write into it
+
+        return after
+
+    hooks = [
+        layer.get_submodule(path).register_forward_hook(keep(path)) for path in paths if path not in outputs
+    ]
+    for module, output in replaced:
+        module.forward = lambda *_, output=output, **__: moved(output, here, copy=True)
+    try:
+        with _removed(hooks):
+            yield
+    finally:
+        for module, _ in replaced:
+            del module.forward  # that of its class is back
 
 
 def run(layer: nn.Module, hidden: torch.Tensor, keywords: dict[str, Any]) -> torch.Tensor:
     """The hidden states after a decoder layer."""
-    result = layer(hidden, **keywords)
+    with _EqualHeads():
+        result = layer(hidden, **keywords)
     return result[0] if isinstance(result, tuple) else result
+
+
+class _EqualHeads(TorchFunctionMode):
+    """Attention on a CPU gets values as wide as its keys: only so it does not keep all probabilities."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention or len(args) != 3:
+            return func(*args, **kwargs)
+        query, key, value = args
+        width = value.shape[-1]
+        if query.device.type != "cpu" or width >= key.shape[-1]:
+            return func(*args, **kwargs)
+        wide = nn.functional.pad(value, (0, key.shape[-1] - width))
+        return func(query, key, wide, **kwargs)[..., :width]
+
+
+def moved(value: Any, device: torch.device, *, copy: bool = False) -> Any:
+    """Tensors, and tensors in containers, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, copy=copy)
+    if isinstance(value, dict):
+        return {key: moved(each, device, copy=copy) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(each, device, copy=copy) for each in value)
+    return value
 
 
 @contextmanager

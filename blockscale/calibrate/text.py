@@ -51,13 +51,13 @@ class Calibration:
         texts = [SELF if text == SELF else hashlib.sha256(text.encode()).hexdigest() for text in self.texts]
         return {"texts": texts, "tokens": self.tokens, "length": self.length, "seed": self.seed}
 
-    def token_ids(self, model: nn.Module, file: Path, device: str) -> torch.Tensor:
+    def token_ids(self, load: Callable[[], nn.Module], file: Path, device: str) -> torch.Tensor:
         """int64 (tokens / length, length).
 
         Args:
-            model: which writes its share.
+            load: the whole model, which writes its share; not called where it has none.
             file: where the tokens are kept for the next time: a model does not write the same everywhere.
-            device: where it writes; it is back on the CPU afterwards.
+            device: where it writes.
 
         Raises:
             BlockscaleError: a text has fewer tokens than its share.
@@ -66,7 +66,7 @@ class Calibration:
             return load_file(file)["tokens"]
         rows = [len(part) for part in torch.arange(self.tokens // self.length).tensor_split(len(self.texts))]
         parts = [
-            write_tokens(model, count, self.length, self.seed, device)
+            write_tokens(load(), count, self.length, self.seed, device)
             if text == SELF
             else cut_tokens(text, self.encode, count, self.length)
             for text, count in zip(self.texts, rows, strict=True)
@@ -148,5 +148,4 @@ def write_tokens(model: nn.Module, rows: int, length: int, seed: int, device: st
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             written.append(token)
         parts.append(torch.cat(written, 1))
-    model.to("cpu")
     return torch.cat(parts)

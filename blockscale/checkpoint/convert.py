@@ -22,7 +22,7 @@ from blockscale.checkpoint.lanes import usable_device
 from blockscale.checkpoint.plan import ConversionPlan, plan_dequantize, plan_quantize
 from blockscale.checkpoint.progress import Progress, Silent
 from blockscale.checkpoint.recipe import AUTO, Recipe
-from blockscale.checkpoint.rounded import Rounder, round_weights, with_rounder
+from blockscale.checkpoint.rounded import CALIBRATION_KEY, ExpertTokens, Rounder, round_weights, with_rounder
 from blockscale.checkpoint.scan import scan
 from blockscale.checkpoint.source import Source, open_source, resolve
 from blockscale.checkpoint.stage import stage_rest
@@ -68,6 +68,8 @@ class ConversionReport:
         block_sizes: size -> how many weights have it, of those that were quantized or dequantized.
         block_choice: under the block size "auto", what was chosen for each weight and why.
         calibrated: weights that were taken over from a rounder.
+        calibration_tokens: that it rounded them on; 0 where it does not say.
+        calibrated_experts: how many of these tokens the experts of each layer were given.
     """
 
     source: str
@@ -84,6 +86,8 @@ class ConversionReport:
     block_sizes: dict[str, int] = field(default_factory=dict)
     block_choice: dict[str, Chosen] | None = None
     calibrated: int = 0
+    calibration_tokens: int = 0
+    calibrated_experts: tuple[ExpertTokens, ...] = ()
 
 
 def quantize_checkpoint(
@@ -197,6 +201,8 @@ def run_plan(
         block_sizes=plan.decisions.block_sizes,
         block_choice=None if plan.choice is None else plan.choice.tensors,
         calibrated=0 if job.rounded is None else len(job.rounded.weights),
+        calibration_tokens=plan.options.get(CALIBRATION_KEY, {}).get("tokens", 0),
+        calibrated_experts=() if job.rounded is None else job.rounded.experts,
     )
 
 

@@ -7,14 +7,16 @@ are multiplied with. It leaves safetensors files in a folder of the run, of any 
     <name>_scale_inv    float32, its scale grid
 
 whatever the layout of the result, and the converter takes codes and scales over as they are, strip by strip.
+Beside them `experts.json` may tell how many tokens the experts of a mixture were calibrated on.
 The folder stays where a run is interrupted and goes away with the commit.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,12 +27,15 @@ from blockscale.checkpoint.plan import MANIFEST_NAME, ConversionPlan
 from blockscale.checkpoint.progress import Progress
 from blockscale.checkpoint.scales import read_scale
 from blockscale.checkpoint.source import Source, open_source
+from blockscale.checkpoint.writer import io_errors
 from blockscale.errors import CorruptCheckpointError
 from blockscale.formats import BlockFP8, ScaleFmt, scale_name
 from blockscale.reference import is_power_of_two
 
 # In the options of a plan, and in the manifest of a result: the names of the weights.
 CALIBRATION_KEY, CALIBRATED_KEY = "calibration", "calibrated"
+# In the manifest, too: what `experts.json` says.
+EXPERTS_KEY, EXPERTS_NAME = "calibrated_experts", "experts.json"
 _REMEDY = "remove the file and run the same command again"
 
 
@@ -59,6 +64,27 @@ class Rounder(Protocol):
 
 
 @dataclass(frozen=True)
+class ExpertTokens:
+    """Calibration tokens of the routed experts of a layer; an expert with few of them is rounded plainly.
+
+    Attributes:
+        layer: number of the decoder layer.
+        experts: how many there are.
+        least: tokens of the expert that was given the fewest.
+        median: of the tokens of all experts.
+        needed: tokens that an expert needs for all of its weights to be calibrated.
+        plain: experts that were given fewer: weights of theirs are rounded to the nearest code.
+    """
+
+    layer: int
+    experts: int
+    least: int
+    median: float
+    needed: int
+    plain: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class RoundedWeight:
     """Where the codes and the scale of a weight lie."""
 
@@ -73,10 +99,12 @@ class Rounded:
     Attributes:
         folder: of the files.
         weights: name -> codes and scale.
+        experts: of every layer that has some and of which the rounder tells.
     """
 
     folder: Source
     weights: Mapping[str, RoundedWeight]
+    experts: tuple[ExpertTokens, ...] = ()
 
     def path(self, entry: TensorEntry) -> Path:
         """The file that holds an entry."""
@@ -150,7 +178,34 @@ def read_rounded(
             )
         elif scales.get(name) not in entries:
             raise rounded.refusal("is not of a rounded weight", entry, "weights that become FP8, and scales")
-    return replace(rounded, weights=weights)
+    return replace(rounded, weights=weights, experts=read_experts(folder))
+
+
+def read_experts(folder: Path) -> tuple[ExpertTokens, ...]:
+    """What a rounder tells of experts, by layers; nothing where there is no `experts.json`.
+
+    Raises:
+        CorruptCheckpointError: it is not what `add_experts` writes.
+    """
+    file = folder / EXPERTS_NAME
+    if not file.exists():
+        return ()
+    try:
+        return tuple(
+            ExpertTokens(**{**each, "plain": tuple(each["plain"])}) for each in json.loads(file.read_bytes())
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptCheckpointError("cannot be used", where=file, got=str(error), remedy=_REMEDY) from error
+
+
+def add_experts(folder: Path, found: ExpertTokens) -> None:
+    """Tell of the experts of one more layer, in place of what was told of it before."""
+    others = [each for each in read_experts(folder) if each.layer != found.layer]
+    records = [asdict(each) for each in sorted([*others, found], key=lambda each: each.layer)]
+    file, unfinished = folder / EXPERTS_NAME, folder / f".{EXPERTS_NAME}.part"
+    with io_errors(file):
+        unfinished.write_text(json.dumps(records))
+        unfinished.replace(file)
 
 
 def calibrated_names(source: Source) -> frozenset[str]:

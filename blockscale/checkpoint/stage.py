@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import Any
 
 from blockscale.checkpoint.index import INDEX_NAME
 from blockscale.checkpoint.model_config import CONFIG_NAME
 from blockscale.checkpoint.plan import MANIFEST_NAME, ConversionPlan
-from blockscale.checkpoint.rounded import CALIBRATED_KEY, Rounded
+from blockscale.checkpoint.rounded import CALIBRATED_KEY, EXPERTS_KEY, Rounded
 from blockscale.checkpoint.source import Source, copy_file
 from blockscale.checkpoint.workspace import CHOICE_KEY, Workspace, stage_file
 from blockscale.checkpoint.writer import io_errors
@@ -58,6 +59,8 @@ def stage_rest(
         manifest[CHOICE_KEY] = plan.choice.record()
     if rounded is not None:
         manifest[CALIBRATED_KEY] = sorted(rounded.weights)
+        if rounded.experts:
+            manifest[EXPERTS_KEY] = [asdict(each) for each in rounded.experts]
     _stage_json(workspace, MANIFEST_NAME, manifest)
 
 

@@ -10,6 +10,8 @@ from blockscale.wording import size
 if TYPE_CHECKING:
     from blockscale.checkpoint.convert import ConversionReport
 
+_MOST_NAMED = 4  # layers, and experts of each, in a line
+
 
 def print_report(report: ConversionReport, *, as_json: bool) -> None:
     """Print the outcome of a conversion."""
@@ -24,6 +26,8 @@ def print_report(report: ConversionReport, *, as_json: bool) -> None:
     rate = size(report.input_bytes / report.seconds)
     console.out.print(f"{_done(report)}: {sizes} in {console.seconds(report.seconds)} ({rate}/s)")
     console.print_block_sizes(report.block_sizes)
+    if report.calibrated:
+        console.out.print(_calibrated(report))
     if report.resumed_shards:
         console.out.print(
             f"{report.resumed_shards} of {report.shards} shards were finished by an earlier run"
@@ -38,3 +42,26 @@ def _done(report: ConversionReport) -> str:
         return f"divided {copied + requantized} tensors over {report.shards} ranks{also}"
     done = "quantized" if report.command == "quantize" else "dequantized"
     return f"{done} {report.tensors.get(report.command, 0)} tensors, copied {copied}"
+
+
+def _calibrated(report: ConversionReport) -> str:
+    """How many weights were calibrated, and which experts saw too few tokens to be."""
+    line = f"calibrated {report.calibrated:,} weights"
+    if report.calibration_tokens:
+        line += f" on {report.calibration_tokens:,} tokens"
+    starved = [each for each in report.calibrated_experts if each.plain]
+    if not starved:
+        return line
+    count, needed = sum(len(each.plain) for each in starved), max(each.needed for each in starved)
+    where = [f"layer {each.layer}: {_few(each.plain, 'expert')}" for each in starved[:_MOST_NAMED]]
+    rest = "; ..." if len(starved) > _MOST_NAMED else ""
+    experts = "expert saw" if count == 1 else "experts saw"
+    were = "was" if count == 1 else "were"
+    plainly = f"{count:,} {experts} fewer than {needed:,} tokens and {were} rounded plainly"
+    return f"{line}; {plainly} ({'; '.join(where)}{rest})"
+
+
+def _few(numbers: tuple[int, ...], noun: str) -> str:
+    """`expert 2`, or `experts 2, 9, 11, 17, ...`."""
+    named = ", ".join(map(str, numbers[:_MOST_NAMED]))
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {named}{', ...' if len(numbers) > _MOST_NAMED else ''}"

@@ -7,7 +7,7 @@ anything is read, since scales and blocks have to follow.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,26 +80,42 @@ def find_targets(
     Raises:
         BlockscaleError: a parameter is made of chosen and other tensors, or so that blocks cannot follow.
     """
-    mapping = get_model_conversion_mapping(model)
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
-    of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
-    parameters = dict(model.named_parameters())
     sources: dict[str, list[str]] = {}
     made_by: dict[str, Any] = {}
-    for name in sorted(tensors, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
-        if target not in parameters and name in parameters:
-            target, pattern = name, None  # what is named as in the model stays so
-        if target in parameters:
-            sources.setdefault(target, []).append(name)
-            made_by[target] = of_pattern[pattern] if pattern is not None else None
+    for name, target, converter in made_of(model, tensors, dict(model.named_parameters())):
+        sources.setdefault(target, []).append(name)
+        made_by[target] = converter
     targets = []
     for target, names in sources.items():
         if any(name in chosen for name in names):
             _check_alike(target, names, tensors, chosen)
             targets.append(Target(target, tuple(names), _parts(target, names[0], made_by[target])))
     return tuple(targets)
+
+
+def made_of(
+    model: nn.Module, tensors: Collection[str], known: Mapping[str, object]
+) -> Iterator[tuple[str, str, WeightConverter | None]]:
+    """Tensors of a checkpoint, in their natural order, with what of a model they become.
+
+    Args:
+        model: of transformers.
+        tensors: names in the checkpoint.
+        known: of names in the model; tensors that become none of them are left out.
+
+    Yields:
+        (tensor, name in the model, what makes it of several tensors; None for one that is only renamed)
+    """
+    mapping = get_model_conversion_mapping(model)
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    renamings = [each for each in mapping if not isinstance(each, WeightConverter)]
+    of_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    for name in sorted(tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target not in known and name in known:
+            target, pattern = name, None  # what is named as in the model stays so
+        if target in known:
+            yield name, target, of_pattern[pattern] if pattern is not None else None
 
 
 def check_stored(targets: Sequence[Target], tensors: Mapping[str, Signature], fmt: BlockFP8) -> None:

@@ -17,6 +17,7 @@ from blockscale.ops.nonfinite import find_nonfinite, flag_nonfinite
 from blockscale.ops.quantize_activation import quantize_activation
 from blockscale.ops.quantize_weight import quantize_weight
 from blockscale.ops.rms_norm_quantize import Normed, rms_norm, rms_norm_quantize
+from blockscale.ops.rounding import descend_columns, round_columns
 from blockscale.ops.silu_mul_quantize import silu_mul, silu_mul_quantize
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Normed",
     "audit_gemms",
     "dequantize_weight",
+    "descend_columns",
     "find_nonfinite",
     "flag_nonfinite",
     "fp8_gemm_nt",
@@ -46,6 +48,7 @@ __all__ = [
     "quantize_weight",
     "rms_norm",
     "rms_norm_quantize",
+    "round_columns",
     "silu_mul",
     "silu_mul_quantize",
 ]

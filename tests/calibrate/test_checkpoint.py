@@ -126,6 +126,9 @@ def test_an_interrupted_run_goes_on_where_it_was(name, tmp_path, monkeypatch):
         calibrated(source, tmp_path / "again")
     calibrated(source, tmp_path / "again")
     assert calls == [False, False, True, False]
+    told = [json.loads((folder / "blockscale.json").read_text()) for folder in (tmp_path / "again", whole)]
+    assert told[0].get("calibrated_experts") == told[1].get("calibrated_experts")
+    assert ("calibrated_experts" in told[0]) == (name != "llama")
     ours, theirs = data.read(tmp_path / "again"), data.read(whole)
     assert all(torch.equal(ours[key].view(torch.uint8), theirs[key].view(torch.uint8)) for key in theirs)
 
@@ -151,6 +154,28 @@ def test_experts_that_see_too_few_tokens_are_rounded_plainly(tmp_path):
     assert sum(same[name] for name in same if ".experts." in name and "down" not in name) >= 8  # of 12
     assert not all(same[name] for name in same if ".experts." in name and "down" in name)
     assert not any(same[name] for name in same if ".experts." not in name)
+
+
+def test_the_manifest_and_the_report_tell_of_experts_with_too_few_tokens(tmp_path):
+    source = checkpoints.make(tmp_path / "source", "qwen3_moe")
+    folder = tmp_path / "result"
+    rounder = CalibratedRounder(open_source(source), calibration(tokens=384))
+    report = quantize_checkpoint(source, folder, rounder=rounder)
+    (found,) = report.calibrated_experts
+    assert (found.layer, found.experts, found.needed) == (1, 6, 160)
+    assert 0 < found.least <= found.median < 160  # 384 tokens, 2 of 6 experts each
+    plain, ours = tmp_path / "plain", weights_of(folder)
+    quantize_checkpoint(source, plain)
+    same = {
+        name: torch.equal(codes.view(torch.uint8), ours[name][0].view(torch.uint8))
+        for name, (codes, _) in weights_of(plain).items()
+    }
+    gates = [same[f"{FUSED}.{expert}.gate_proj.weight"] for expert in range(6)]
+    assert found.plain == tuple(expert for expert, alike in enumerate(gates) if alike)
+    assert 0 < len(found.plain) < 6
+    (record,) = json.loads((folder / "blockscale.json").read_text())["calibrated_experts"]
+    assert record["plain"] == list(found.plain)
+    assert report.calibration_tokens == 384
 
 
 def test_only_what_is_quantized_is_calibrated_and_other_layers_stay_exact(tmp_path):

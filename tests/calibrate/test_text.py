@@ -55,10 +55,10 @@ def test_a_model_writes_by_what_it_predicts():
 def test_what_was_written_is_kept_and_texts_share_alike(tmp_path):
     text = " ".join(["3"] * 1000)
     both = Calibration((SELF, text), encode, 200, 20)
-    ids = both.token_ids(tiny(), tmp_path / ".tokens", "cpu")
+    ids = both.token_ids(tiny, tmp_path / ".tokens", "cpu")
     assert ids.shape == (10, 20)
     assert [bool((row == 3).all()) for row in ids] == [False] * 5 + [True] * 5
-    assert torch.equal(both.token_ids(torch.nn.Identity(), tmp_path / ".tokens", "cpu"), ids)
+    assert torch.equal(both.token_ids(torch.nn.Identity, tmp_path / ".tokens", "cpu"), ids)
 
 
 def test_settings_tell_texts_apart():
