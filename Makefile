@@ -4,8 +4,7 @@
 #   make test    every test that needs no GPU
 #
 # Variables: PYTHON (the interpreter to build the environment with), VENV, PIP_FLAGS (options for every pip install,
-# say --index-url), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS.
-
+# say --index-url), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS, ACCURACY_FLAGS.
 # `make accuracy` also takes WIKITEXT (a file in place of the test split on the Hub), and TINY with GUTENBERG (a
 # checkpoint, and a folder with train.txt.xz and val.txt) for a second model.
 
@@ -52,10 +51,10 @@ accuracy: $(VENV)/.accuracy  ## table of the README: accuracy in FP8, plain and 
 	$(BIN)/python benchmarks/wikipedia_text.py $(BUILD)/wikipedia.txt
 	$(BIN)/python benchmarks/bench_accuracy.py plain wikipedia=$(BUILD)/wikipedia.txt self=self \
 	  --model SmolLM2-135M-Instruct=$(BUILD)/smollm2 --text $(WIKITEXT) --first 32 --tokens 393216 \
-	  --results $(BUILD)/accuracy.jsonl
+	  --results $(BUILD)/accuracy.jsonl $(ACCURACY_FLAGS)
 	@[ -z "$(TINY)" ] || $(BIN)/python benchmarks/bench_accuracy.py plain gutenberg=$(GUTENBERG)/train.txt.xz \
 	  --model tiny-deepseek-v3=$(TINY) --text $(GUTENBERG)/val.txt --context 512 --limit 160 --tokens 131072 \
-	  --results $(BUILD)/accuracy.jsonl
+	  --results $(BUILD)/accuracy.jsonl $(ACCURACY_FLAGS)
 	$(BIN)/python benchmarks/bench_accuracy.py --table --results $(BUILD)/accuracy.jsonl
 
 clean:  ## remove what was built and every cache

@@ -134,22 +134,25 @@ def run(options: argparse.Namespace) -> None:
 
 
 def table(file: Path) -> Iterator[str]:
-    """The newest record of every case, as lines of Markdown."""
+    """The newest record of every case over all windows, as lines of Markdown; in brackets 95 % intervals."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         newest[tuple(str(record[key]) for key in ("model", "scale_fmt", "rounding"))] = record
-    yield "| model | weights | size, MB | windows | perplexity | ratio to BF16 | KL, nats | same top token |"
-    yield "|---|---|---:|---|---:|---:|---:|---:|"
+    yield "| model | weights | MB | perplexity | ratio to BF16 | KL, nats | same top token |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
     for record in newest.values():
-        for part, scores in record["windows"].items():
-            kind = "BF16"
-            if record["scale_fmt"] is not None:
-                how = PLAIN if record["rounding"] == PLAIN else f"calibrated on {record['rounding']}"
-                kind = f"FP8 {record['scale_fmt']}, {how}"
-            cells = [record["model"], kind, f"{record['bytes'] / 1e6:.1f}", part]
-            cells += [f"{scores['perplexity']['value']:.3f}", *_against(scores.get("against"))]
-            yield f"| {' | '.join(cells)} |"
+        kind, scores = "BF16", record["windows"]["all"]
+        if record["scale_fmt"] is not None:
+            how = PLAIN if record["rounding"] == PLAIN else f"calibrated on {record['rounding']}"
+            kind = f"FP8 {record['scale_fmt']}, {how}"
+        cells = [
+            record["model"],
+            kind,
+            f"{record['bytes'] / 1e6:.0f}",
+            f"{scores['perplexity']['value']:.3f}",
+        ]
+        yield f"| {' | '.join([*cells, *_against(scores.get('against'))])} |"
 
 
 def _against(against: dict[str, Any] | None) -> list[str]:
