@@ -1,6 +1,7 @@
 """The operators at the speed of the machine, same signatures as `blockscale.reference`; one op a file."""
 
 from blockscale.ops import operators as operators  # registers torch.ops.blockscale.*
+from blockscale.ops.dequantize_group import dequantize_group
 from blockscale.ops.dequantize_weight import dequantize_weight
 from blockscale.ops.gemm import (
     fp8_gemm_nt,
@@ -15,6 +16,7 @@ from blockscale.ops.moe_permute import moe_permute, moe_permute_masked, moe_unpe
 from blockscale.ops.moe_route import moe_choose, moe_route
 from blockscale.ops.nonfinite import find_nonfinite, flag_nonfinite
 from blockscale.ops.quantize_activation import quantize_activation
+from blockscale.ops.quantize_group import quantize_group
 from blockscale.ops.quantize_weight import quantize_weight
 from blockscale.ops.rms_norm_quantize import Normed, rms_norm, rms_norm_quantize
 from blockscale.ops.rounding import descend_columns, round_columns
@@ -27,6 +29,7 @@ __all__ = [
     "GemmRecord",
     "Normed",
     "audit_gemms",
+    "dequantize_group",
     "dequantize_weight",
     "descend_columns",
     "find_nonfinite",
@@ -45,6 +48,7 @@ __all__ = [
     "moe_route",
     "moe_unpermute",
     "quantize_activation",
+    "quantize_group",
     "quantize_weight",
     "rms_norm",
     "rms_norm_quantize",

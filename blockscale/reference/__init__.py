@@ -1,5 +1,6 @@
 """The truth in plain PyTorch, on any device: slow, short, what every other implementation must equal."""
 
+from blockscale.reference.fp4 import fp8_from_mxfp4, nvfp4_scale
 from blockscale.reference.fp8 import (
     dequantize_activation,
     dequantize_weight,
@@ -15,19 +16,24 @@ from blockscale.reference.gemm import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
+from blockscale.reference.group import dequantize_group, quantize_group
 from blockscale.reference.moe import moe_permute, moe_unpermute
 
 __all__ = [
     "dequantize_activation",
+    "dequantize_group",
     "dequantize_weight",
     "find_nonfinite",
+    "fp8_from_mxfp4",
     "fp8_gemm_nt",
     "is_power_of_two",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
     "moe_permute",
     "moe_unpermute",
+    "nvfp4_scale",
     "quantize_activation",
+    "quantize_group",
     "quantize_weight",
     "rms_norm_quantize",
     "round_up_to_power_of_two",
