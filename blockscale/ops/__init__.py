@@ -21,6 +21,11 @@ from blockscale.ops.quantize_weight import quantize_weight
 from blockscale.ops.rms_norm_quantize import Normed, rms_norm, rms_norm_quantize
 from blockscale.ops.rounding import descend_columns, round_columns
 from blockscale.ops.silu_mul_quantize import silu_mul, silu_mul_quantize
+from blockscale.ops.w4a8_gemm import (
+    m_grouped_w4a8_gemm_nt_contiguous,
+    m_grouped_w4a8_gemm_nt_masked,
+    w4a8_gemm_nt,
+)
 
 __all__ = [
     "GemmAudit",
@@ -38,6 +43,8 @@ __all__ = [
     "is_auditing",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
+    "m_grouped_w4a8_gemm_nt_contiguous",
+    "m_grouped_w4a8_gemm_nt_masked",
     "mla_decode",
     "mla_prefill",
     "mla_prefill_quantize",
@@ -55,4 +62,5 @@ __all__ = [
     "round_columns",
     "silu_mul",
     "silu_mul_quantize",
+    "w4a8_gemm_nt",
 ]

@@ -1,0 +1,194 @@
+"""Four-bit weights in the layout that W4A8 products read, and back.
+
+Tensor cores multiply E4M3 by E4M3, so a four-bit code has to become an E4M3 byte on the way, every time it is
+used. The layout makes that bit arithmetic on whole words, four codes at a time, without a table:
+
+    codes of one row and one group of 128 along K: 64 bytes, k = j in the low half of byte j, k = 64 + j in
+    the high one, each as sign (bit 3) and magnitude (bits 0 to 2)
+
+    INT4     E4M3 bytes 0 to 7 are the subnormals m * 2**-9: magnitude and sign moved to where E4M3 has them
+             *are* the number m * 2**-9. The scale of the group carries the 2**9.
+    MXFP4    magnitude eem of E2M1 is exponent and first mantissa bit of E4M3, 4 * eem. A power of two t of
+             every block of 32 is added to the exponent (t = 1 to 12), so that the group of 128 has one scale:
+             value * 2**(t - 6) * scale. Zero and 0.5 change places, which makes the sum right for 0.5.
+
+Both are exact for INT4, and for MXFP4 wherever the scales in a group of 128 are within 2**11 of each other;
+codes of a block below that are rounded to the smallest scale that fits, off by less than 2**-13 of the
+group's largest possible value.
+
+Words int32 (..., G, N, 16), group by group, so that a tile of rows is one contiguous piece of memory; G =
+ceil(K / 128), columns past K are zeros. Scales float32 (..., G, N); of MXFP4 the lower 16 bits of a scale,
+which a power of two does not need, are the t of the four blocks, 4 bits each.
+
+Sources: OCP FP8 (E4M3) and Microscaling (E2M1) formats; the rest follows from their bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from blockscale.errors import BlockscaleError
+from blockscale.group_formats import MXFP4, GroupInt, group_scale_shape, packed_shape
+from blockscale.reference import checks
+from blockscale.reference.fp4 import e2m1_value, to_e2m1
+from blockscale.reference.packing import unpack
+
+GROUP = 128
+_BLOCKS = GROUP // MXFP4.group_size
+_INT4_SHIFT = 2.0**9
+_HIGHEST, _UNIT = 12, 6  # the largest t, and the t at which E4M3 has the values of E2M1 as they are
+_NAN_SCALE = 0xFF
+_SWAPPED = (1, 0, 2, 3, 4, 5, 6, 7)  # magnitudes of E2M1 as stored: 0 and 0.5 change places
+
+
+@dataclass(frozen=True)
+class W4Weight:
+    """A weight (N, K) or (E, N, K) in the layout of this module's first lines.
+
+    Attributes:
+        words: int32 (..., G, N, 16).
+        scale: float32 (..., G, N), with what the format folds in.
+        width: K.
+        kind: "int4" or "mxfp4".
+    """
+
+    words: torch.Tensor
+    scale: torch.Tensor
+    width: int
+    kind: Literal["int4", "mxfp4"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K) or (E, N, K)."""
+        return (*self.scale.shape[:-2], self.scale.shape[-1], self.width)
+
+    def __getitem__(self, expert: int) -> W4Weight:
+        """The weight (N, K) of one expert."""
+        return W4Weight(self.words[expert], self.scale[expert], self.width, self.kind)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of words and scales."""
+        return self.words.nbytes + self.scale.nbytes
+
+
+def prepare_w4(packed: torch.Tensor, scale: torch.Tensor, fmt: GroupInt | MXFP4, width: int) -> W4Weight:
+    """Turn packed codes into the layout of W4A8 products: once, when a weight is loaded.
+
+    Args:
+        packed: uint8 (N, ceil(K / 2)) or (E, N, ceil(K / 2)), as `group_formats` lays codes out.
+        scale: (..., N, ceil(K / G)); float32, bfloat16 or float8_e8m0fnu (for MXFP4: this one).
+        fmt: `GroupInt(4, 128)` or `MXFP4()`.
+        width: K.
+
+    Returns:
+        The weight, on the same device. Experts are prepared one by one, which takes little memory beside.
+
+    Raises:
+        BlockscaleError: another format, a code of -8, a NaN among MXFP4's scales, wrong dtype or shape.
+    """
+    op = "prepare_w4"
+    if not (isinstance(fmt, MXFP4) or (isinstance(fmt, GroupInt) and (fmt.bits, fmt.group_size) == (4, 128))):
+        raise BlockscaleError(
+            "no W4A8 format", where=f"{op}: fmt", expected="GroupInt(4, 128) or MXFP4()", got=fmt
+        )
+    checks.check_dtype(f"{op}: packed", packed.dtype, (torch.uint8,))
+    if packed.dim() not in (2, 3) or width < 1:
+        raise BlockscaleError(
+            "wrong shape",
+            where=f"{op}: packed",
+            expected="(N, K / 2) or (E, N, K / 2), K at least 1",
+            got=f"{list(packed.shape)}, K = {width}",
+        )
+    shape = (*packed.shape[:-1], width)
+    checks.check_shape(f"{op}: packed", tuple(packed.shape), packed_shape(shape, fmt))
+    checks.check_shape(f"{op}: scale", tuple(scale.shape), group_scale_shape(shape, fmt))
+    allowed = (torch.float8_e8m0fnu,) if isinstance(fmt, MXFP4) else checks.SCALE_DTYPES
+    checks.check_dtype(f"{op}: scale", scale.dtype, allowed)
+    one = _from_mxfp4 if isinstance(fmt, MXFP4) else _from_int4
+    *lead, n, _ = packed.shape
+    groups = math.ceil(width / GROUP)
+    words = torch.empty((math.prod(lead), groups, n, 16), dtype=torch.int32, device=packed.device)
+    scales = torch.empty((math.prod(lead), groups, n), device=packed.device)
+    pairs = zip(packed.reshape(-1, *packed.shape[-2:]), scale.reshape(-1, *scale.shape[-2:]), strict=True)
+    for expert, (codes, each) in enumerate(pairs):
+        words[expert], scales[expert] = one(unpack(codes, 4, width), each)
+    kind: Literal["int4", "mxfp4"] = "mxfp4" if isinstance(fmt, MXFP4) else "int4"
+    return W4Weight(words.view(*lead, groups, n, 16), scales.view(*lead, groups, n), width, kind)
+
+
+def dequantize_w4(weight: W4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight's values, (N, K) or (E, N, K), computed in float32 and rounded once to `dtype`."""
+    data = weight.words.view(torch.uint8)  # (..., G, N, 64)
+    nibbles = torch.cat([data & 15, data >> 4], dim=-1)
+    scale = weight.scale
+    magnitude = (nibbles & 7).to(torch.int64)
+    if weight.kind == "int4":
+        value = magnitude.to(torch.float32) / _INT4_SHIFT
+    else:
+        bits = scale.view(torch.int32)
+        scale = (bits & -65536).view(torch.float32)
+        shifts = 4 * torch.arange(_BLOCKS, device=bits.device)
+        t = ((bits[..., None] >> shifts) & 15).repeat_interleave(MXFP4.group_size, dim=-1)
+        swapped = torch.tensor(_SWAPPED, dtype=torch.uint8, device=bits.device)
+        value = torch.ldexp(e2m1_value(swapped[magnitude]), t - _UNIT)
+    value = torch.where(nibbles >= 8, -value, value) * scale[..., None]
+    rows = value.transpose(-3, -2).flatten(-2)  # (..., N, 128 G)
+    return rows[..., : weight.width].to(dtype)
+
+
+def _from_int4(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words (G, N, 16) and scales (G, N) of one weight's nibbles (N, K) in two's complement."""
+    if bool((codes == 8).any()):
+        raise BlockscaleError(
+            "a code of -8, which has no sign and magnitude in four bits",
+            where="prepare_w4: packed",
+            expected="codes from -7 to 7",
+            remedy="quantize symmetrically, to -7 .. 7",
+        )
+    nibbles = torch.where(codes > 8, 24 - codes, codes)  # -q = 16 - code, and the sign
+    return _words(nibbles), (scale.to(torch.float32) * _INT4_SHIFT).t().contiguous()
+
+
+def _from_mxfp4(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of E2M1 codes (N, K) with E8M0 scales (N, ceil(K / 32))."""
+    exponent = scale.view(torch.uint8).to(torch.int32)
+    if bool((exponent == _NAN_SCALE).any()):
+        raise BlockscaleError("NaN among the scales", where="prepare_w4: scale", expected="finite scales")
+    blocks = _in_groups(codes, MXFP4.group_size)  # (N, 4 G, 32)
+    pad = blocks.shape[1] - exponent.shape[1]
+    exponent = torch.nn.functional.pad(exponent, (0, pad))
+    asked = torch.where(((blocks & 7) != 0).any(-1), exponent, 0).unflatten(
+        -1, (-1, _BLOCKS)
+    )  # zeros ask for none
+    most = asked.amax(-1)  # (N, G)
+    t = (_HIGHEST + asked - most[..., None]).clamp_min(1)
+    lost = (most[..., None] - asked - (_HIGHEST - 1)).clamp_min(0).flatten(-2)  # binades below the range
+    if bool(lost.any()):
+        smaller = torch.ldexp(e2m1_value(blocks), -lost[..., None].clamp_max(200))
+        blocks = torch.where(lost[..., None] > 0, to_e2m1(smaller), blocks)
+    swapped = torch.tensor(_SWAPPED, dtype=torch.uint8, device=codes.device)
+    nibbles = swapped[(blocks & 7).to(torch.int64)] | (blocks & 8)
+    # 2**-133, the smallest scale that can come out, is a power of two that bfloat16 has, too.
+    power = torch.ldexp(torch.ones(most.shape, dtype=torch.float64, device=codes.device), most - 127 - _UNIT)
+    bits = power.to(torch.float32).view(torch.int32)
+    for block in range(_BLOCKS):
+        bits = bits | (t[..., block].to(torch.int32) << 4 * block)
+    return _words(nibbles.flatten(1)), bits.t().contiguous().view(torch.float32)
+
+
+def _in_groups(codes: torch.Tensor, size: int) -> torch.Tensor:
+    """(N, K) as (N, groups, size), K padded with zeros to a multiple of 128."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % GROUP))
+    return padded.unflatten(1, (-1, size))
+
+
+def _words(nibbles: torch.Tensor) -> torch.Tensor:
+    """Nibbles (N, K) as words (G, N, 16)."""
+    halves = _in_groups(nibbles, GROUP // 2).unflatten(1, (-1, 2))  # (N, G, 2, 64)
+    data = halves[:, :, 0] | (halves[:, :, 1] << 4)
+    return data.transpose(0, 1).contiguous().view(torch.int32)
