@@ -76,7 +76,7 @@ def read_groups(entry: dict[str, Any], where: str) -> list[tuple[object, tuple[s
         if block is None:
             raise _not_block_fp8(f"{len(schemes)} groups, weights {weights or 'unknown'}", where)
         targets = scheme.get("targets", [ALL_LINEARS])
-        if not isinstance(targets, list) or not all(map(_is_target, targets)):
+        if not isinstance(targets, list) or not all(map(is_target, targets)):
             expected = "a list of names and regular expressions"
             raise BlockscaleError("bad targets", where=where, expected=expected, got=repr(targets))
         found.append((block, tuple(targets)))
@@ -93,7 +93,8 @@ def _block_of(weights: dict[str, Any]) -> object | None:
     return weights.get("block_structure") if weights.get("strategy") == "block" else None
 
 
-def _is_target(target: object) -> bool:
+def is_target(target: object) -> bool:
+    """Whether this is a name, or a regular expression behind "re:"."""
     try:
         return isinstance(target, str) and bool(re.compile(target.removeprefix("re:")))
     except re.error:

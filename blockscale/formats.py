@@ -23,15 +23,18 @@ from typing import Any, Literal
 
 import torch
 
-from blockscale import compressed_tensors
 from blockscale.errors import BlockscaleError
 
 ScaleFmt = Literal["float32", "ue8m0"]
-Layout = Literal["deepseek", "compressed-tensors"]
+Layout = Literal["deepseek", "compressed-tensors", "blockscale"]
 
 E4M3_MAX = 448.0
-LAYOUTS: tuple[Layout, ...] = ("deepseek", "compressed-tensors")
-_SCALE_SUFFIX: dict[Layout, str] = {"deepseek": "_scale_inv", "compressed-tensors": "_scale"}
+LAYOUTS: tuple[Layout, ...] = ("deepseek", "compressed-tensors", "blockscale")
+_SCALE_SUFFIX: dict[Layout, str] = {
+    "deepseek": "_scale_inv",
+    "compressed-tensors": "_scale",
+    "blockscale": "_scale_inv",
+}
 # A spelling seen in the wild maps to the real one; an absent or null key means plain float32 scales.
 _SCALE_FMT_SPELLINGS: dict[str, ScaleFmt] = {"float32": "float32", "ue8m0": "ue8m0", "uf8m0": "ue8m0"}
 
@@ -62,8 +65,6 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype | None] = {
 }
 _SUB_BYTE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items() if dtype is not None}
-# Where config.json says how a model is quantized; the second is an older spelling.
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # What the quantizer takes as a high-precision weight, and the dequantizer gives back.
 HIGH_PRECISION = ("BF16", "F16", "F32")
 
@@ -189,150 +190,3 @@ def scaled_weight_name(name: str) -> str | None:
 def module_path(weight_name: str) -> str:
     """Full module path of a weight, as skip lists spell it: `model.layers.0.mlp.gate`."""
     return weight_name.removesuffix(".weight")
-
-
-@dataclass(frozen=True)
-class BlockGroup:
-    """Modules whose weights have blocks of one size.
-
-    Attributes:
-        block_size: (block_n, block_k).
-        targets: full module paths, regular expressions behind "re:", or "Linear" for all that no other names.
-    """
-
-    block_size: tuple[int, int]
-    targets: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """What a checkpoint's `quantization_config` says: how its FP8 weights are stored and what is left alone.
-
-    Attributes:
-        layout: which on-disk spelling it is.
-        fmt: scale format, and the block size; with several, that of the first group.
-        skip: full module paths that stay unquantized, sorted.
-        groups: where there are several block sizes, who has which; else empty.
-
-    Raises:
-        BlockscaleError: several block sizes in a layout that has one.
-    """
-
-    layout: Layout
-    fmt: BlockFP8
-    skip: tuple[str, ...] = ()
-    groups: tuple[BlockGroup, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.groups and self.layout == "deepseek":
-            raise BlockscaleError(
-                "the deepseek layout has one block size for the whole checkpoint",
-                got=", ".join(spell_block_size(size) for size in self.block_sizes),
-                remedy="use --layout compressed-tensors, or one size",
-            )
-
-    @property
-    def block_sizes(self) -> tuple[tuple[int, int], ...]:
-        """Every block size there is, each once."""
-        return tuple(dict.fromkeys(group.block_size for group in self.groups)) or (self.fmt.block_size,)
-
-    def block_size_of(self, weight_name: str) -> tuple[int, int]:
-        """The block size of a weight; a module path beats a regular expression, and that beats "Linear".
-
-        Raises:
-            BlockscaleError: no group names it.
-        """
-        if not self.groups:
-            return self.fmt.block_size
-        module = module_path(weight_name)
-        if module in self._by_target:
-            return self._by_target[module]
-        for pattern in self._patterns:  # in the order of the package
-            if re.match(pattern.removeprefix("re:"), module):
-                return self._by_target[pattern]
-        if compressed_tensors.ALL_LINEARS not in self._by_target:
-            raise BlockscaleError(
-                "FP8 weight of unknown block size", where=weight_name, expected="a config group that names it"
-            )
-        return self._by_target[compressed_tensors.ALL_LINEARS]
-
-    @functools.cached_property
-    def _by_target(self) -> dict[str, tuple[int, int]]:
-        return {target: group.block_size for group in reversed(self.groups) for target in group.targets}
-
-    @functools.cached_property
-    def _patterns(self) -> list[str]:
-        return sorted(target for target in self._by_target if target.startswith("re:"))
-
-    def config(self) -> dict[str, Any]:
-        """The `quantization_config` entry of config.json that engines read."""
-        if self.layout == "compressed-tensors":
-            groups = [(group.block_size, group.targets) for group in self.groups]
-            groups = groups or [(self.fmt.block_size, (compressed_tensors.ALL_LINEARS,))]
-            return compressed_tensors.write_config(groups, self.skip)
-        config: dict[str, Any] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": list(self.fmt.block_size),
-        }
-        # An engine that reads `scale_fmt: null` takes it for an unknown format: leave the key out.
-        if self.fmt.scale_fmt == "ue8m0":
-            config["scale_fmt"] = "ue8m0"
-        config["modules_to_not_convert"] = list(self.skip)
-        return config
-
-
-def parse_quantization_config(config: dict[str, Any]) -> Quantization | None:
-    """Read the `quantization_config` of a config.json; None if the model is not quantized.
-
-    Raises:
-        BlockscaleError: quantized, but not in a block FP8 format that is known here.
-    """
-    key = next((key for key in QUANTIZATION_KEYS if config.get(key)), None)
-    if key is None:
-        return None
-    entry, where = config[key], f"config.json {key}"
-    if not isinstance(entry, dict):
-        raise BlockscaleError("is not a JSON object", where=where, got=repr(entry))
-    method = entry.get("quant_method")
-    if method == "fp8":
-        block = entry.get("weight_block_size")
-        if block is None:
-            raise BlockscaleError(
-                "FP8 checkpoint without block scales (per-tensor or per-channel)",
-                where=where,
-                expected="weight_block_size",
-                remedy="start from the unquantized checkpoint",
-            )
-        key = "modules_to_not_convert" if entry.get("modules_to_not_convert") else "ignored_layers"
-        fmt = BlockFP8(parse_block_size(block, where), parse_scale_fmt(entry.get("scale_fmt"), where))
-        return Quantization("deepseek", fmt, _parse_skip_list(entry.get(key), f"{where} {key}"))
-    if method == "compressed-tensors":
-        return _parse_compressed_tensors(entry, where)
-    raise BlockscaleError(
-        "quantization method is not block FP8",
-        where=where,
-        expected="quant_method fp8 or compressed-tensors",
-        got=repr(method),
-        remedy="start from an unquantized (BF16) or block FP8 checkpoint",
-    )
-
-
-def _parse_compressed_tensors(entry: dict[str, Any], where: str) -> Quantization:
-    groups = tuple(
-        BlockGroup(parse_block_size(block, where), targets)
-        for block, targets in compressed_tensors.read_groups(entry, where)
-    )
-    # The layout has no key for the scale format; the scales themselves tell (`verify` and `inspect` look).
-    fmt = BlockFP8(groups[0].block_size, "float32")
-    several = len({group.block_size for group in groups}) > 1
-    skip = _parse_skip_list(entry.get("ignore"), f"{where} ignore")
-    return Quantization("compressed-tensors", fmt, skip, groups if several else ())
-
-
-def _parse_skip_list(value: object, where: str) -> tuple[str, ...]:
-    entries = [] if value is None else value
-    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-        raise BlockscaleError("is not a list of module paths", where=where, got=repr(value))
-    return tuple(sorted(entries))

@@ -34,7 +34,8 @@ from blockscale.errors import BlockscaleError
 from blockscale.evaluate.loading import Loading
 from blockscale.evaluate.run import Text, evaluate
 from blockscale.evaluate.windows import Estimate
-from blockscale.formats import parse_quantization_config, scale_name
+from blockscale.formats import scale_name
+from blockscale.quantization_config import parse_quantization_config
 
 SAMPLE = Path(__file__).parent / "data" / "sample.txt"
 PROMPT = "What is gravity?"

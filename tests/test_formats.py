@@ -7,7 +7,8 @@ import torch
 
 from blockscale import formats
 from blockscale.errors import BlockscaleError
-from blockscale.formats import BlockFP8, Quantization
+from blockscale.formats import BlockFP8
+from blockscale.quantization_config import Quantization
 from blockscale.testing.shapes import DEEPSEEK_V3
 
 SKIP = ("lm_head", "model.layers.0.mlp.gate")

@@ -31,7 +31,7 @@ from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.formats import BlockFP8, scale_name
 from blockscale.huggingface.load import load_as_stored
-from blockscale.huggingface.modules import takes_fp8
+from blockscale.huggingface.modules import can_quantize
 from blockscale.huggingface.partial import PartialModel, open_partial, parameters_outside, read_tensor
 from blockscale.huggingface.targets import Target, find_targets
 
@@ -142,7 +142,7 @@ def _targets_of_layers(
     tensors = {name: (entry.dtype, entry.shape) for name, entry in partial.entries.items()}
     for target in find_targets(partial.model, tensors, weights.keys()):
         module = partial.model.get_submodule(target.path)
-        if target.name.startswith(f"{prefix}.") and takes_fp8(module, target.leaf):
+        if target.name.startswith(f"{prefix}.") and can_quantize(module, target.leaf):
             number, _, name = target.name.removeprefix(f"{prefix}.").partition(".")
             found.setdefault(int(number), {})[name] = target
     return found

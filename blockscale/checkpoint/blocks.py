@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from blockscale.checkpoint.groups import low_bit_groups
 from blockscale.checkpoint.names import sharing_groups
 from blockscale.checkpoint.recipe import AUTO, Recipe
-from blockscale.formats import BlockFP8, BlockGroup, Quantization, module_path, spell_block_size
+from blockscale.formats import BlockFP8, module_path, spell_block_size
+from blockscale.group_spelling import WrittenFormat
+from blockscale.quantization_config import BlockGroup, Quantization
 
 BlockSize = tuple[int, int]
 # What vLLM and SGLang have kernels for; also the size before any choice.
@@ -43,20 +46,29 @@ def block_sizes(
     return sizes, [*_share(sizes), *_warn_of_engines(sizes)]
 
 
-def declare(sizes: Mapping[str, BlockSize], recipe: Recipe, skip: tuple[str, ...]) -> Quantization:
+def declare(
+    sizes: Mapping[str, BlockSize], low: Mapping[str, WrittenFormat], recipe: Recipe, skip: tuple[str, ...]
+) -> Quantization:
     """What config.json says of these weights.
 
+    Args:
+        sizes: FP8 weights -> block size.
+        low: weights of fewer than 8 bits -> their format.
+        recipe: what the user asked for.
+        skip: full module paths of what stays unquantized.
+
     Raises:
-        BlockscaleError: the layout has no place for several block sizes.
+        BlockscaleError: the layout has no place for several block sizes, or for fewer than 8 bits.
     """
     targets: dict[BlockSize, list[str]] = {}
     for name, size in sizes.items():
         targets.setdefault(size, []).append(module_path(name))
+    usual = USUAL if recipe.block_size == AUTO else recipe.block_size
     ordered = sorted(targets, reverse=True)
     # All are named: for a fused layer, vLLM would take "Linear" before the names of its parts.
     groups = tuple(BlockGroup(size, tuple(sorted(targets[size]))) for size in ordered)
-    fmt = BlockFP8(ordered[0], recipe.scale_fmt)
-    return Quantization(recipe.layout, fmt, skip, groups if len(groups) > 1 else ())
+    fmt = BlockFP8(ordered[0] if ordered else usual, recipe.scale_fmt)
+    return Quantization(recipe.layout, fmt, skip, groups if len(groups) > 1 else (), low_bit_groups(low))
 
 
 def count_sizes(sizes: Iterable[BlockSize]) -> dict[str, int]:

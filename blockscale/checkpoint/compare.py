@@ -21,22 +21,29 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from blockscale import ops
 from blockscale.checkpoint.decide import FP8, scale_of
+from blockscale.checkpoint.deviation import Deviation
 from blockscale.checkpoint.families import family_of, stored_block_size
+from blockscale.checkpoint.group_compare import deviation_in_groups, from_groups
+from blockscale.checkpoint.groups import low_bit_weights, unpacked_shape
 from blockscale.checkpoint.index import CheckpointIndex, TensorEntry, read_index
 from blockscale.checkpoint.model_config import read_config
+from blockscale.checkpoint.plan import signatures
 from blockscale.checkpoint.rounded import calibrated_names
 from blockscale.checkpoint.scales import per_expert, read_scale
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.checkpoint.strips import Reader, chunks, read_codes, strips
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
-from blockscale.formats import HIGH_PRECISION, Quantization, parse_quantization_config
+from blockscale.formats import HIGH_PRECISION
+from blockscale.group_spelling import WrittenFormat
+from blockscale.quantization_config import Quantization, parse_quantization_config
 
 # Two float32 roundings (division, product), each up to 2**-19 of the half step, on top of it.
 _ROUNDING_SLACK = 1 + 2.0**-17
@@ -58,7 +65,8 @@ class TensorError:
 class Side:
     """One checkpoint of a comparison: where it is, what it holds, and how its FP8 weights are stored.
 
-    Those that are `calibrated` were rounded by a rounder, not to the nearest code.
+    Those that are `calibrated` were rounded by a rounder, not to the nearest code; those that are `low` have
+    fewer than 8 bits.
     """
 
     source: Source
@@ -66,6 +74,7 @@ class Side:
     config: dict[str, Any]
     quantization: Quantization | None
     calibrated: frozenset[str] = frozenset()
+    low: Mapping[str, WrittenFormat] = field(default_factory=dict)
 
     def scale(self, entry: TensorEntry) -> torch.Tensor:
         name = scale_of(entry.name, self.index.tensors)
@@ -89,15 +98,21 @@ def open_side(spec: str | os.PathLike[str]) -> Side:
         quantization = parse_quantization_config(config)
     except BlockscaleError:
         quantization = None
-    return Side(source, read_index(source), config, quantization, calibrated_names(source))
+    index = read_index(source)
+    low = low_bit_weights(signatures(index), quantization)
+    return Side(source, index, config, quantization, calibrated_names(source), low)
 
 
 def compare(
     entry: TensorEntry, reader: Reader, side: Side, twin: TensorEntry, twin_reader: Reader, other: Side
 ) -> tuple[str | None, TensorError | None]:
     """Compare a tensor with its twin in the source; returns (what is wrong, error of an FP8 weight)."""
-    if entry.shape != twin.shape:
-        return f"shape differs from the source: expected {list(twin.shape)}, got {list(entry.shape)}", None
+    shapes = [
+        unpacked_shape(owner.low[each.name], each.shape) if each.name in owner.low else each.shape
+        for owner, each in ((side, entry), (other, twin))
+    ]
+    if shapes[0] != shapes[1]:
+        return f"shape differs from the source: expected {list(shapes[1])}, got {list(shapes[0])}", None
     if entry.dtype == twin.dtype:
         pairs = zip(chunks(entry, reader), chunks(twin, twin_reader), strict=True)
         if not all(torch.equal(a, b) for a, b in pairs):
@@ -105,6 +120,11 @@ def compare(
         return None, None
     if entry.dtype == FP8 and twin.dtype in HIGH_PRECISION:
         return _compare_quantized(entry, reader, side, twin, twin_reader)
+    if entry.name in side.low and twin.dtype in HIGH_PRECISION:
+        found = deviation_in_groups(entry, reader, side, twin, twin_reader, side.low[entry.name])
+        return _judge(entry, side, found)
+    if entry.dtype in HIGH_PRECISION and twin.name in other.low:
+        return from_groups(entry, reader, twin, twin_reader, other, other.low[twin.name]), None
     if entry.dtype in HIGH_PRECISION and twin.dtype == FP8:
         return _compare_dequantized(entry, reader, twin, twin_reader, other), None
     return f"dtype is {entry.dtype}, which no conversion makes of {twin.dtype}", None
@@ -114,9 +134,7 @@ def _compare_quantized(
     entry: TensorEntry, reader: Reader, side: Side, twin: TensorEntry, twin_reader: Reader
 ) -> tuple[str | None, TensorError | None]:
     scale, block = side.scale(entry), side.stored_block(entry)
-    grid = per_expert(scale)
-    squared_error = squared = worst = 0.0
-    beyond: tuple[int, list[int]] | None = None
+    grid, found = per_expert(scale), Deviation()
     for span, strip in strips(twin, twin_reader, block[0]):
         expert, row = span.expert, span.row
         rows, columns = strip.shape
@@ -127,24 +145,20 @@ def _compare_quantized(
         part = grid[expert, row // block[0] : math.ceil((row + rows) / block[0])]
         exact = strip.float()
         error = ops.dequantize_weight(codes, part, block, torch.float32, threads=1).sub_(exact).abs_()
-        squared_error += float(error.square().sum(dtype=torch.float64))
-        squared += float(exact.square().sum(dtype=torch.float64))
         scales = part.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-        binade = (exact.abs_() / scales).view(torch.int32).bitwise_and_(_EXPONENT_BITS).view(torch.float32)
-        over = error / binade.mul_(2.0**-4).clamp_min_(2.0**-10).mul_(scales)
-        highest, at = float(over.max()), int(over.argmax())
-        if not highest <= worst:
-            worst = highest
-            beyond = (expert, [row + at // columns, at % columns])
-    relative = math.sqrt(squared_error / squared) if squared else math.sqrt(squared_error)
-    message = None
+        binade = (exact.abs() / scales).view(torch.int32).bitwise_and_(_EXPONENT_BITS).view(torch.float32)
+        found.add(error, exact, binade.mul_(2.0**-4).clamp_min_(2.0**-10).mul_(scales), (expert, row))
+    return _judge(entry, side, found)
+
+
+def _judge(entry: TensorEntry, side: Side, found: Deviation) -> tuple[str | None, TensorError | None]:
+    message, relative, worst = None, found.relative, found.worst
     if entry.name in side.calibrated:
         if not relative <= _CALIBRATED_BOUND:
             limit = f"a calibrated weight has at most {_CALIBRATED_BOUND:.0%}"
             message = f"is not the source: relative error {relative:.1%}, {limit}"
     elif not worst <= _ROUNDING_SLACK:
-        assert beyond is not None
-        place = beyond[1] if len(entry.shape) == 2 else [beyond[0], *beyond[1]]
+        place = list(found.at[-len(entry.shape) :])
         message = f"is not the source rounded to its codes: error at {place} is {worst:.4g} times half a step"
     return message, TensorError(entry.name, relative, worst) if math.isfinite(relative + worst) else None
 

@@ -65,7 +65,8 @@ class ConversionReport:
     Attributes:
         resumed_shards: shards that an earlier run had finished.
         already_complete: there was nothing to do.
-        block_sizes: size -> how many weights have it, of those that were quantized or dequantized.
+        block_sizes: size -> how many FP8 weights have it, of those that were quantized or dequantized.
+        group_formats: the same of formats of fewer than 8 bits.
         block_choice: under the block size "auto", what was chosen for each weight and why.
         calibrated: weights that were taken over from a rounder.
         calibration_tokens: that it rounded them on; 0 where it does not say.
@@ -86,6 +87,7 @@ class ConversionReport:
     block_sizes: dict[str, int] = field(default_factory=dict)
     block_choice: dict[str, Chosen] | None = None
     calibrated: int = 0
+    group_formats: dict[str, int] = field(default_factory=dict)
     calibration_tokens: int = 0
     calibrated_experts: tuple[ExpertTokens, ...] = ()
 
@@ -200,6 +202,7 @@ def run_plan(
         warnings=plan.decisions.warnings,
         block_sizes=plan.decisions.block_sizes,
         block_choice=None if plan.choice is None else plan.choice.tensors,
+        group_formats=plan.decisions.group_formats,
         calibrated=0 if job.rounded is None else len(job.rounded.weights),
         calibration_tokens=plan.options.get(CALIBRATION_KEY, {}).get("tokens", 0),
         calibrated_experts=() if job.rounded is None else job.rounded.experts,

@@ -14,21 +14,21 @@ from typing import Any, Literal
 
 from blockscale.checkpoint.blocks import BlockSize, block_sizes, count_sizes, declare
 from blockscale.checkpoint.families import Family, family_of, stored_block_size
+from blockscale.checkpoint.groups import (
+    check_group_scale,
+    check_groups,
+    group_formats,
+    group_scale_name,
+    low_bit_weights,
+)
 from blockscale.checkpoint.names import check_patterns, keep_reason, matches, role_of, sharing_groups
 from blockscale.checkpoint.precision import check_followed
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.skip_list import Signature, skip_list
 from blockscale.errors import BlockscaleError, MissingScaleError
-from blockscale.formats import (
-    DTYPE_NAMES,
-    LAYOUTS,
-    QUANTIZATION_KEYS,
-    Quantization,
-    module_path,
-    scale_name,
-    scale_shape,
-    scaled_weight_name,
-)
+from blockscale.formats import DTYPE_NAMES, LAYOUTS, module_path, scale_name, scale_shape, scaled_weight_name
+from blockscale.group_spelling import WrittenFormat, spell_group_format
+from blockscale.quantization_config import OWN_METHOD, QUANTIZATION_KEYS, Quantization
 
 Action = Literal["quantize", "dequantize", "requantize", "copy", "drop"]
 FP8 = "F8_E4M3"
@@ -42,13 +42,15 @@ class Decision:
 
     Attributes:
         scale: names the tensor that dequantizes it.
-        block_size: of what is quantized or dequantized, over (out, in) features.
+        block_size: of what becomes FP8, or of FP8 is dequantized, over (out, in) features.
+        group: the format of what gets, or has, fewer than 8 bits.
     """
 
     action: Action
     reason: str
     scale: str | None = None
     block_size: BlockSize | None = None
+    group: WrittenFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,14 @@ class Decisions:
 
     @property
     def block_sizes(self) -> dict[str, int]:
-        """Block size as spelled -> how many weights have it."""
+        """Block size as spelled -> how many FP8 weights have it."""
         return count_sizes(each.block_size for each in self.by_name.values() if each.block_size is not None)
+
+    @property
+    def group_formats(self) -> dict[str, int]:
+        """Format of fewer than 8 bits as spelled -> how many weights have it."""
+        found = [each.group for each in self.by_name.values() if each.group is not None]
+        return {spell_group_format(fmt): found.count(fmt) for fmt in dict.fromkeys(found)}
 
     def stored_block_size(self, name: str, shape: tuple[int, ...], family: Family) -> BlockSize:
         """The block size of a tensor that is quantized or dequantized, on its axes as stored."""
@@ -118,9 +126,12 @@ def decide_quantize(
     kept = [name for name, decision in decisions.items() if decision.action == "copy"]
     skip = skip_list(kept, tensors)
     quantized = [name for name, decision in decisions.items() if decision.action == "quantize"]
-    sizes, told = block_sizes(quantized, recipe, chosen or {})
+    groups = group_formats(quantized, recipe)
+    check_groups(groups, tensors, family)
+    sizes, told = block_sizes([name for name in quantized if name not in groups], recipe, chosen or {})
     decisions |= {name: replace(decisions[name], block_size=size) for name, size in sizes.items()}
-    return Decisions(decisions, skip, (*warnings, *told), declare(sizes, recipe, skip))
+    decisions |= {name: replace(decisions[name], group=group) for name, group in groups.items()}
+    return Decisions(decisions, skip, (*warnings, *told), declare(sizes, groups, recipe, skip))
 
 
 def decide_dequantize(
@@ -142,7 +153,8 @@ def decide_dequantize(
         BlockscaleError: nothing to do, a scale that does not fit, or (MissingScaleError) no scale at all.
     """
     fp8 = [name for name, (dtype, _) in tensors.items() if dtype == FP8]
-    if not fp8:
+    low = low_bit_weights(tensors, quantization)
+    if not fp8 and not low:
         raise BlockscaleError(
             "no FP8 weight in the checkpoint", expected=FP8, remedy="nothing needs dequantizing"
         )
@@ -163,9 +175,13 @@ def decide_dequantize(
                 if scale
                 else Decision("copy", "no scale")
             )
+        elif name in low:
+            check_group_scale(name, low[name], tensors)
+            reason = f"{spell_group_format(low[name])} with scales"
+            decisions[name] = Decision("dequantize", reason, group_scale_name(name), group=low[name])
         elif weight is not None and weight in tensors:
             decisions[name] = Decision("drop", f"scale of {weight}")
-            if tensors[weight][0] != FP8:
+            if tensors[weight][0] != FP8 and weight not in low:
                 warnings.append(f"{name}: scale of a weight that is not FP8 ({tensors[weight][0]}); dropped")
         else:
             decisions[name] = Decision("copy", "not quantized")
@@ -183,7 +199,7 @@ def decide_dequantize(
     skip = tuple(sorted(map(module_path, missing)))
     result, family = Decisions(decisions, skip, tuple(warnings)), family_of(config)
     for name, decision in decisions.items():
-        if decision.scale is not None:
+        if decision.scale is not None and decision.group is None:
             shape = tensors[name][1]
             block = result.stored_block_size(name, shape, family)
             check_grid(name, shape, decision.scale, tensors[decision.scale], block)
@@ -202,7 +218,11 @@ def _refuse_quantized(tensors: Mapping[str, Signature], config: dict[str, Any]) 
     if entry or found or packed:
         method = (entry or {}).get("quant_method")
         got = f"quant_method {method!r}" if entry else f"{found or packed}"
-        ours = method in ("fp8", "compressed-tensors") if entry else found and tensors[found][0] == FP8
+        ours = (
+            method in ("fp8", "compressed-tensors", OWN_METHOD)
+            if entry
+            else found and tensors[found][0] == FP8
+        )
         raise BlockscaleError(
             "source is already quantized",
             expected="BF16, F16 or F32 weights and no quantization_config",
@@ -214,15 +234,15 @@ def _refuse_quantized(tensors: Mapping[str, Signature], config: dict[str, Any]) 
 def _reason_to_keep(name: str, signature: Signature, family: Family, recipe: Recipe) -> str | None:
     dtype, shape = signature
     wanted = recipe.precision.precision_of(name)
-    reason = keep_reason(name, shape, dtype, family, head=wanted == "fp8")
+    reason = keep_reason(name, shape, dtype, family, head=wanted not in (None, "bf16"))
     if reason is not None:
         return reason
     if any(matches(name, pattern) for pattern in recipe.exclude):
         return "excluded"
     if recipe.include and not any(matches(name, pattern) for pattern in recipe.include):
         return "not included"
-    if wanted is None and recipe.precision.asks_for_fp8:
-        return "not set to fp8"
+    if wanted is None and recipe.precision.quantizes:
+        return "not named by the precision"
     return "set to bf16" if wanted == "bf16" else None
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from blockscale.checkpoint.decide import FP8, scale_of
 from blockscale.checkpoint.families import family_of
+from blockscale.checkpoint.groups import PACKED, group_scale_name, low_bit_weights, unpacked_shape
 from blockscale.checkpoint.index import CheckpointIndex, read_index
 from blockscale.checkpoint.model_config import read_config
 from blockscale.checkpoint.names import role_of
@@ -17,7 +19,9 @@ from blockscale.checkpoint.problems import Problem, structural_problems
 from blockscale.checkpoint.scales import read_scale
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import CorruptCheckpointError
-from blockscale.formats import Quantization, scaled_weight_name
+from blockscale.formats import scaled_weight_name
+from blockscale.group_spelling import WrittenFormat
+from blockscale.quantization_config import Quantization
 from blockscale.reference import is_power_of_two
 
 
@@ -75,14 +79,15 @@ def inspect_checkpoint(src: str | os.PathLike[str], *, revision: str | None = No
         powers, found = _look_at_scales(source, index, scales, quantization)
         problems += found
     family = family_of(config)
+    counts = _count(index, scales, low_bit_weights(signatures(index), quantization))
     return Inspection(
         source=source.spec,
         model_type=str(config.get("model_type")),
         known_model_type=family.known,
         files=len(index.headers),
-        parameters=sum(c.parameters for c in _count(index, scales) if c.dtype != "scale"),
+        parameters=sum(count.parameters for count in counts if count.dtype != "scale"),
         nbytes=index.total_size,
-        counts=tuple(_count(index, scales)),
+        counts=tuple(counts),
         quantization=quantization,
         scales=len(scales),
         power_of_two_scales=powers,
@@ -95,6 +100,13 @@ def scale_names(index: CheckpointIndex) -> list[str]:
     tensors = signatures(index)
     found = (scale_of(name, tensors) for name, (dtype, _) in tensors.items() if dtype == FP8)
     return [name for name in found if name is not None]
+
+
+def packed_scale_names(index: CheckpointIndex) -> list[str]:
+    """Names of the tensors that are scales of weights of fewer than 8 bits."""
+    tensors = index.tensors
+    packed = (group_scale_name(name) for name, entry in tensors.items() if entry.dtype == PACKED)
+    return [name for name in packed if name in tensors]
 
 
 def scale_value_problems(scale: Any, name: str, quantization: Quantization | None) -> list[Problem]:
@@ -121,14 +133,14 @@ def _look_at_scales(
     return powers, problems
 
 
-def _count(index: CheckpointIndex, scales: list[str]) -> list[Count]:
+def _count(index: CheckpointIndex, scales: list[str], low: Mapping[str, WrittenFormat]) -> list[Count]:
     totals: dict[tuple[str, str], list[int]] = {}
-    known = set(scales)
+    known = {*scales, *packed_scale_names(index)}
     for name, entry in index.tensors.items():
         weight = scaled_weight_name(name) if name in known else None
         key = role_of(weight or name), "scale" if weight else entry.dtype
         total = totals.setdefault(key, [0, 0, 0])
         total[0] += 1
-        total[1] += math.prod(entry.shape)
+        total[1] += math.prod(unpacked_shape(low[name], entry.shape) if name in low else entry.shape)
         total[2] += entry.nbytes
     return [Count(*key, *total) for key, total in sorted(totals.items(), key=lambda item: -item[1][2])]

@@ -7,7 +7,7 @@ from typing import Any
 from blockscale.checkpoint.index import parse_object
 from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
-from blockscale.formats import QUANTIZATION_KEYS
+from blockscale.quantization_config import QUANTIZATION_KEYS
 
 CONFIG_NAME = "config.json"
 # Our own entry: modules that were left in raw FP8 because they have no scale.

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from blockscale.checkpoint.block_choice import BlockChoice
 from blockscale.checkpoint.decide import FP8, Decisions, Signature, decide_dequantize, decide_quantize
-from blockscale.checkpoint.families import family_of
+from blockscale.checkpoint.families import Family, family_of
+from blockscale.checkpoint.groups import group_scale_name, stored_shapes, unpacked_shape
 from blockscale.checkpoint.index import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -33,13 +34,9 @@ from blockscale.checkpoint.model_config import (
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
-from blockscale.formats import (
-    HIGH_PRECISION,
-    parse_quantization_config,
-    scale_name,
-    scale_shape,
-    tensor_nbytes,
-)
+from blockscale.formats import HIGH_PRECISION, scale_name, scale_shape, tensor_nbytes
+from blockscale.group_spelling import WrittenFormat
+from blockscale.quantization_config import parse_quantization_config
 from blockscale.version import __version__
 
 MANIFEST_NAME = "blockscale.json"
@@ -82,7 +79,8 @@ class Task:
         source: what is read.
         outputs: what is written, codes before scale.
         scale: the scale that is read along when dequantizing or requantizing.
-        block_size: (rows, columns) that share a scale, on the axes as stored.
+        block_size: (rows, columns) that share a scale of FP8, on the axes as stored.
+        group: the format of fewer than 8 bits that is written or read.
         window: the part that is copied or requantized, if not all.
     """
 
@@ -91,6 +89,7 @@ class Task:
     outputs: tuple[OutputTensor, ...]
     scale: TensorEntry | None = None
     block_size: tuple[int, int] = (0, 0)
+    group: WrittenFormat | None = None
     window: Window | None = None
 
     @property
@@ -194,7 +193,7 @@ def plan_quantize(
     keep: Mapping[str, str] | None = None,
     choice: BlockChoice | None = None,
 ) -> ConversionPlan:
-    """Plan BF16 (F16, F32) -> block FP8.
+    """Plan BF16 (F16, F32) -> block FP8 and formats in groups.
 
     `keep` names further tensors to leave alone, with the reason; `choice` has the block sizes under "auto".
     """
@@ -205,14 +204,15 @@ def plan_quantize(
     family = family_of(config)
 
     def task(entry: TensorEntry) -> Task | None:
-        if decisions.by_name[entry.name].action == "copy":
+        decision = decisions.by_name[entry.name]
+        if decision.action == "copy":
             return _copy(entry)
-        block = decisions.stored_block_size(entry.name, entry.shape, family)
-        codes = OutputTensor(entry.name, FP8, entry.shape)
-        scale = OutputTensor(scale_name(entry.name, recipe.layout), "F32", scale_shape(entry.shape, block))
-        if scale.name in index.tensors:
-            raise CorruptCheckpointError("name is taken by a tensor of the source", where=scale.name)
-        return Task("quantize", entry, (codes, scale), block_size=block)
+        made = _group_task(entry, decision.group) if decision.group else _block_task(entry, decisions, family)
+        if made.outputs[1].name in index.tensors:
+            raise CorruptCheckpointError(
+                "name is taken by a tensor of the source", where=made.outputs[1].name
+            )
+        return made
 
     assert decisions.quantization is not None
     result = {**without_quantization(config), "quantization_config": decisions.quantization.config()}
@@ -233,7 +233,7 @@ def plan_quantize(
 def plan_dequantize(
     source: Source, dtype: str = "BF16", on_missing_scale: Literal["error", "keep"] = "error"
 ) -> ConversionPlan:
-    """Plan block FP8 -> `dtype` (BF16, F16 or F32, as safetensors spells them)."""
+    """Plan a quantized checkpoint -> `dtype` (BF16, F16 or F32, as safetensors spells them)."""
     if dtype not in HIGH_PRECISION:
         raise BlockscaleError("unknown dtype", expected=" | ".join(HIGH_PRECISION), got=repr(dtype))
     index = read_index(source)
@@ -248,9 +248,13 @@ def plan_dequantize(
             return None
         if decision.scale is None:
             return _copy(entry)
+        scale = index.tensors[decision.scale]
+        if decision.group is not None:
+            output = OutputTensor(entry.name, dtype, unpacked_shape(decision.group, entry.shape))
+            return Task("dequantize", entry, (output,), scale, group=decision.group)
         output = OutputTensor(entry.name, dtype, entry.shape)
         stored = decisions.stored_block_size(entry.name, entry.shape, family)
-        return Task("dequantize", entry, (output,), scale=index.tensors[decision.scale], block_size=stored)
+        return Task("dequantize", entry, (output,), scale, block_size=stored)
 
     result = without_quantization(config)
     torch_name = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[dtype]
@@ -261,6 +265,21 @@ def plan_dequantize(
     options = {"dtype": dtype, "on_missing_scale": on_missing_scale}
     shards = _mirrored(index, task)
     return assemble("dequantize", options, source, shards, result, index.index_metadata, decisions)
+
+
+def _block_task(entry: TensorEntry, decisions: Decisions, family: Family) -> Task:
+    assert decisions.quantization is not None
+    block = decisions.stored_block_size(entry.name, entry.shape, family)
+    codes = OutputTensor(entry.name, FP8, entry.shape)
+    name = scale_name(entry.name, decisions.quantization.layout)
+    scale = OutputTensor(name, "F32", scale_shape(entry.shape, block))
+    return Task("quantize", entry, (codes, scale), block_size=block)
+
+
+def _group_task(entry: TensorEntry, group: WrittenFormat) -> Task:
+    codes, scale = stored_shapes(group, entry.shape)
+    outputs = (OutputTensor(entry.name, *codes), OutputTensor(group_scale_name(entry.name), *scale))
+    return Task("quantize", entry, outputs, group=group)
 
 
 def _copy(entry: TensorEntry) -> Task:

@@ -3,9 +3,11 @@
     {"default": "bf16", "experts": "fp8", "*.o_proj": "fp8:64x64", "model.layers.0.*": "bf16"}
 
 A key is a role, a shell-style pattern on the full tensor name or module path, or `default`. A pattern beats
-a role, a role beats `default`; of several patterns that match, the last one counts. The output head becomes
-FP8 where it is named, never by `default`. What is no linear weight (norm, router, ...) has no precision.
-A value is a `WeightFormat`: "fp8" has the blocks that the recipe has by default, "fp8:64x64" its own.
+a role, a role beats `default`; of several patterns that match, the last one counts. The output head is
+quantized where it is named, never by `default`. What is no linear weight (norm, router, ...) has no
+precision.
+A value is a `WeightFormat`: "fp8" has the blocks that the recipe has by default, "fp8:64x64" its own; "int4",
+"int3" and "mxfp4" are formats in groups, "int4:g64:ue8m0" one with options (`group_formats`).
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from blockscale.checkpoint.names import Role, check_patterns, matches, role_of
 from blockscale.errors import BlockscaleError
 from blockscale.formats import parse_block_size, spell_block_size
+from blockscale.group_spelling import GROUP_SPELLINGS, WrittenFormat, parse_group_format, spell_group_format
 
 # "bf16" is whatever is not quantized: in the source's dtype after a conversion, in the model's once loaded.
-Kind = Literal["fp8", "bf16"]
+Kind = Literal["fp8", "bf16", "int4", "int3", "mxfp4"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_SPELLINGS = ("fp8", "fp8:ROWSxCOLUMNS", "bf16")
+_SPELLINGS = ("fp8", "fp8:ROWSxCOLUMNS", "bf16", *GROUP_SPELLINGS)
 ROLES: tuple[Role, ...] = ("attention", "dense_mlp", "shared_experts", "experts", "head")
 DEFAULT = "default"
 
@@ -32,20 +35,29 @@ class WeightFormat:
     """What a weight is to be.
 
     Attributes:
-        kind: "fp8" or "bf16".
+        kind: what it is called.
         block_size: (block_n, block_k) of FP8; None is that of the recipe.
+        group: of fewer than 8 bits: how it is stored.
     """
 
     kind: Kind
     block_size: tuple[int, int] | None = None
+    group: WrittenFormat | None = None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it is anything but "bf16"."""
+        return self.kind != "bf16"
 
     def __str__(self) -> str:
         """As `parse_weight_format` reads it: `fp8:64x64`."""
+        if self.group is not None:
+            return spell_group_format(self.group)
         return self.kind if self.block_size is None else f"{self.kind}:{spell_block_size(self.block_size)}"
 
 
 def parse_weight_format(value: object, where: str | None = None) -> WeightFormat:
-    """`"bf16"`, `"fp8"` or `"fp8:64x64"`.
+    """`"bf16"`, `"fp8"`, `"fp8:64x64"`, or a group format as `"int4:g64"`.
 
     Raises:
         BlockscaleError: anything else; `where` says in the message which value it is.
@@ -57,6 +69,8 @@ def parse_weight_format(value: object, where: str | None = None) -> WeightFormat
         return WeightFormat("fp8", parse_block_size(size, where) if colon else None)
     if kind == "bf16" and not colon:
         return WeightFormat("bf16")
+    if kind in ("int4", "int3", "mxfp4"):
+        return WeightFormat(cast("Kind", kind), group=parse_group_format(value, where))
     raise BlockscaleError("unknown precision", where=where, expected=" | ".join(_SPELLINGS), got=repr(value))
 
 
@@ -98,7 +112,7 @@ class Precision:
         general = [
             wanted
             for key, wanted in self.entries
-            if key == DEFAULT and (role, wanted.kind) != ("head", "fp8")
+            if key == DEFAULT and not (role == "head" and wanted.quantizes)
         ]
         by_role = [wanted for key, wanted in self.entries if key == role]
         by_pattern = [wanted for key, wanted in self.entries if _is_pattern(key) and matches(name, key)]
@@ -106,9 +120,14 @@ class Precision:
         return found[-1] if found else None
 
     @property
-    def asks_for_fp8(self) -> bool:
-        """Whether an entry names something fp8."""
-        return any(wanted.kind == "fp8" for _, wanted in self.entries)
+    def quantizes(self) -> bool:
+        """Whether an entry names something that is quantized."""
+        return any(wanted.quantizes for _, wanted in self.entries)
+
+    @property
+    def groups(self) -> tuple[WrittenFormat, ...]:
+        """The formats of fewer than 8 bits that entries name, each once."""
+        return tuple(dict.fromkeys(wanted.group for _, wanted in self.entries if wanted.group is not None))
 
     @property
     def block_sizes(self) -> set[tuple[int, int]]:
@@ -144,27 +163,27 @@ def parse_precision(value: object) -> Precision:
 
 
 def check_followed(precision: Precision, names: Collection[str], reason: Callable[[str], str | None]) -> None:
-    """Refuse a pattern that matches no tensor, and an "fp8" that comes to nothing.
+    """Refuse a pattern that matches no tensor, and a format that comes to nothing.
 
     A role that the model does not have may be set to bf16: a recipe can serve several models.
 
     Args:
         precision: what was asked for.
         names: full names of all tensors.
-        reason: why a tensor does not become FP8, None if it does (or is).
+        reason: why a tensor is not quantized, None if it is.
 
     Raises:
         BlockscaleError: as said.
     """
     check_patterns((key for key, _ in precision.entries if _is_pattern(key)), names)
     for key, wanted in precision.entries:
-        if wanted.kind != "fp8" or key == DEFAULT:
+        if not wanted.quantizes or key == DEFAULT:
             continue
         named = [name for name in names if (matches(name, key) if _is_pattern(key) else role_of(name) == key)]
         reasons = [reason(name) for name in named]
         if None not in reasons:
             raise BlockscaleError(
-                "nothing becomes FP8 by it",
+                f"nothing becomes {wanted.kind.upper()} by it",
                 where=f"precision {key}={wanted}",
                 expected="linear weights",
                 got=f"{named[0]}: {reasons[0]}" if named else "no tensor of this role",

@@ -8,41 +8,25 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from blockscale.checkpoint.decide import FP8, SCALE_DTYPES, Signature, scale_of
 from blockscale.checkpoint.families import family_of, stored_block_size
+from blockscale.checkpoint.group_problems import group_problems
+from blockscale.checkpoint.groups import PACKED, low_bit_weights
 from blockscale.checkpoint.index import CheckpointIndex
 from blockscale.checkpoint.model_config import kept_fp8
 from blockscale.checkpoint.names import keep_reason, role_of, sharing_groups
 from blockscale.checkpoint.plan import signatures
+from blockscale.checkpoint.problem import Problem
 from blockscale.checkpoint.skip_list import skip_entry
 from blockscale.errors import BlockscaleError
-from blockscale.formats import (
-    Quantization,
-    module_path,
-    parse_quantization_config,
-    scale_name,
-    scale_shape,
-    scaled_weight_name,
-    spell_block_size,
-)
+from blockscale.formats import module_path, scale_name, scale_shape, scaled_weight_name, spell_block_size
+from blockscale.group_spelling import WrittenFormat, spell_group_format
+from blockscale.quantization_config import Quantization, parse_quantization_config
 
 _RAW = "raw FP8 without a scale, kept on request: not usable as a weight"
 _NOT_FP8 = ("embedding", "head", "norm", "router", "mtp_projection", "vision")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: `where` names the tensor or file."""
-
-    severity: Literal["error", "warning"]
-    where: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.severity}: {self.where}: {self.message}"
 
 
 def structural_problems(
@@ -64,11 +48,14 @@ def structural_problems(
             text = f"{len(told)} FP8 tensors but no quantization_config, such as {told[0]}"
             problems.append(Problem("error", "config.json", text))
         return None, problems
-    if not fp8:
-        problems.append(Problem("error", "config.json", "stale quantization_config: there is no FP8 tensor"))
+    low = low_bit_weights(tensors, quantization)
+    if not fp8 and not low:
+        text = "stale quantization_config: there is no quantized tensor"
+        problems.append(Problem("error", "config.json", text))
         return quantization, problems
     problems += _scale_problems(tensors, fp8, quantization, config)
-    problems += _precision_problems(tensors, quantization)
+    problems += group_problems(tensors, quantization, low)
+    problems += _precision_problems(tensors, quantization, low)
     problems += _skip_list_problems(tensors, quantization, config)
     return quantization, problems
 
@@ -107,7 +94,7 @@ def _scale_problems(
             problems.append(Problem("error", scale, f"scale has dtype {dtype}"))
     for name in tensors:
         weight = scaled_weight_name(name)
-        if weight is not None and weight in tensors and tensors[weight][0] != FP8:
+        if weight is not None and weight in tensors and tensors[weight][0] not in (FP8, PACKED):
             problems.append(
                 Problem("error", name, f"scale of a weight that is {tensors[weight][0]}, not FP8")
             )
@@ -116,21 +103,27 @@ def _scale_problems(
     return problems
 
 
-def _precision_problems(tensors: Mapping[str, Signature], quantization: Quantization) -> list[Problem]:
+def _precision_problems(
+    tensors: Mapping[str, Signature], quantization: Quantization, low: Mapping[str, WrittenFormat]
+) -> list[Problem]:
     problems = []
-    for name, (dtype, _) in tensors.items():
+    spelled = {name: spell_group_format(fmt) for name, fmt in low.items()}
+    spelled |= {name: "FP8" for name, (dtype, _) in tensors.items() if dtype == FP8}
+    for name, kind in spelled.items():
         role = role_of(name)
-        if dtype == FP8 and role in _NOT_FP8:
+        if role in _NOT_FP8:
             severity: Literal["error", "warning"] = "warning" if role == "head" else "error"  # on request
-            problems.append(Problem(severity, name, f"{role} is FP8; engines keep it in high precision"))
+            problems.append(Problem(severity, name, f"{role} is {kind}; engines keep it in high precision"))
     for group in sharing_groups(tensors):
-        kinds = {name: tensors[name][0] == FP8 for name in group}
-        if len(set(kinds.values())) == 2:
-            one = next(name for name, is_fp8 in kinds.items() if not is_fp8)
-            other = next(name for name, is_fp8 in kinds.items() if is_fp8)
-            text = f"is {tensors[one][0]} but {other} is FP8; engines fuse the two"
+        other = next((name for name in group if name in spelled), None)
+        if other is None:
+            continue
+        kinds = {name: spelled.get(name, tensors[name][0]) for name in group}
+        one = next((name for name in group if kinds[name] != kinds[other]), None)
+        if one is not None:
+            text = f"is {kinds[one]} but {other} is {kinds[other]}; engines fuse the two"
             problems.append(Problem("error", one, text))
-        elif quantization.groups and all(kinds.values()):
+        elif quantization.groups and kinds[other] == "FP8":
             problems += _shared_block_problems(group, quantization)
     return problems
 

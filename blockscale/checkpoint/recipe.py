@@ -20,6 +20,7 @@ from blockscale.formats import (
     parse_scale_fmt,
     spell_block_size,
 )
+from blockscale.group_spelling import spell_group_format
 
 # A block size that is chosen by the values of the weights (`block_choice`).
 AUTO: Literal["auto"] = "auto"
@@ -37,11 +38,12 @@ class Recipe:
         scale_fmt: "float32", or "ue8m0" for scales that are powers of two.
         block_size: rows and columns that share a scale, as (128, 128) or "128x128"; "auto" chooses them by
             the values of the weights. A precision "fp8:64x64" has its own.
-        layout: "deepseek" (weight_scale_inv) or "compressed-tensors" (weight_scale).
+        layout: "deepseek" (weight_scale_inv), "compressed-tensors" (weight_scale), or "blockscale", which has
+            a place for weights of fewer than 8 bits.
         include: if given, only tensors whose name or module path matches one of these patterns are quantized.
         exclude: tensors that match one of these patterns keep their precision.
         precision: of what is left, by role and pattern, as a `Precision` or {"experts": "fp8"}. If it names
-            something fp8, only that is quantized; otherwise all but what it names bf16.
+            a format other than bf16, only what has one is quantized; otherwise all but what it names bf16.
     """
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
@@ -67,7 +69,23 @@ class Recipe:
 
     @property
     def fmt(self) -> BlockFP8:
-        """The one format of all FP8 weights, for what has no place for several.
+        """The one format of all quantized weights, for what has no place for several.
+
+        Raises:
+            BlockscaleError: as `fp8`, or formats of fewer than 8 bits.
+        """
+        for group in self.precision.groups:
+            raise BlockscaleError(
+                "only FP8 is made here",
+                where=f"precision {spell_group_format(group)}",
+                expected="fp8 | bf16",
+                remedy="blockscale quantize writes a checkpoint with it",
+            )
+        return self.fp8
+
+    @property
+    def fp8(self) -> BlockFP8:
+        """The one format of all FP8 weights.
 
         Raises:
             BlockscaleError: the recipe asks for several block sizes, or for a choice among them.
@@ -86,16 +104,29 @@ class Recipe:
         return BlockFP8(cast("tuple[int, int]", self.block_size), self.scale_fmt)
 
 
+# Recipes with a name. Experts are nearly all of a large mixture of experts, and bear fewer bits best.
+PRESETS = {
+    "fp8": Recipe(),
+    "w4a8": Recipe(
+        layout="blockscale", precision=parse_precision({"default": "fp8", "experts": "int4:g128"})
+    ),
+    "mxfp4a8": Recipe(layout="blockscale", precision=parse_precision({"default": "fp8", "experts": "mxfp4"})),
+}
+
+
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Read a recipe from a JSON file with some of the fields of `Recipe`.
+    """One of `PRESETS` by its name, or from a JSON file with some of the fields of `Recipe`.
 
     Raises:
         BlockscaleError: the file cannot be read, is not JSON, or a field is unknown or wrong.
     """
+    if path in PRESETS and not Path(path).exists():
+        return PRESETS[str(path)]
     try:
         return pydantic.TypeAdapter(Recipe).validate_json(Path(path).read_bytes())
     except OSError as error:
-        raise BlockscaleError(f"cannot be read: {error.strerror}", where=path) from error
+        expected = f"a JSON file, or {' | '.join(PRESETS)}"
+        raise BlockscaleError(f"cannot be read: {error.strerror}", where=path, expected=expected) from error
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field_name = ".".join(map(str, first["loc"])) or "the file"

@@ -28,7 +28,7 @@ from blockscale.checkpoint.progress import Progress
 from blockscale.checkpoint.scales import read_scale
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.checkpoint.writer import io_errors
-from blockscale.errors import CorruptCheckpointError
+from blockscale.errors import BlockscaleError, CorruptCheckpointError
 from blockscale.formats import BlockFP8, ScaleFmt, scale_name
 from blockscale.reference import is_power_of_two
 
@@ -124,7 +124,18 @@ class Rounded:
 
 
 def with_rounder(plan: ConversionPlan, rounder: Rounder) -> ConversionPlan:
-    """The plan, with the settings of a rounder among its options and so in its digest."""
+    """The plan, with the settings of a rounder among its options and so in its digest.
+
+    Raises:
+        BlockscaleError: weights are to have fewer than 8 bits, which no rounder does.
+    """
+    for spelled in plan.decisions.group_formats:
+        raise BlockscaleError(
+            "only FP8 weights are calibrated",
+            where=f"precision {spelled}",
+            expected="fp8 | bf16",
+            remedy="leave out --calibrate, or set them to fp8",
+        )
     return replace(plan, options={**plan.options, CALIBRATION_KEY: rounder.settings()})
 
 

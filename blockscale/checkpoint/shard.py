@@ -30,12 +30,13 @@ from blockscale.formats import (
     BlockFP8,
     blocks_over,
     cuts_through,
-    parse_quantization_config,
     scale_name,
     scale_shape,
     scaled_weight_name,
     spell_block_size,
 )
+from blockscale.group_spelling import spell_group_format
+from blockscale.quantization_config import parse_quantization_config
 
 OnRaggedSplit = Literal["refuse", "requantize"]
 _MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers")
@@ -90,6 +91,13 @@ def plan_shards(
             where=source.spec,
             got=", ".join(map(spell_block_size, quantization.block_sizes)),
             remedy="run blockscale dequantize, then quantize with one",
+        )
+    if quantization is not None and quantization.low:
+        raise BlockscaleError(
+            "cannot be divided: DeepSeek's inference code knows FP8 and BF16",
+            where=source.spec,
+            got=", ".join(spell_group_format(each.fmt) for each in quantization.low),
+            remedy="run blockscale dequantize, then quantize",
         )
     model = _Model(world, fields, tensors, quantization.fmt if quantization is not None else None)
     _check_scales(model)
@@ -180,7 +188,7 @@ def _tasks(entry: TensorEntry, place: Place, model: _Model) -> Iterator[tuple[in
         codes = _copy(entry, place.name, part)
         if ragged:
             grid = OutputTensor(name, "F32", scale_shape(codes.outputs[0].shape, block))
-            yield rank, Task("requantize", entry, (*codes.outputs, grid), scale, block, part)
+            yield rank, Task("requantize", entry, (*codes.outputs, grid), scale, block, window=part)
         else:
             yield rank, codes
             yield rank, _copy(scale, name, _on_grid(part, block))

@@ -8,8 +8,9 @@ from typing import Any
 
 from blockscale.checkpoint.block_choice import BlockChoice, Chosen
 from blockscale.checkpoint.block_measure import choose_blocks
-from blockscale.checkpoint.decide import FP8, Signature, decide_quantize
-from blockscale.checkpoint.families import family_of, mtp_prefixes
+from blockscale.checkpoint.decide import FP8, Decisions, Signature, decide_quantize
+from blockscale.checkpoint.families import Family, family_of, mtp_prefixes
+from blockscale.checkpoint.groups import stored_shapes
 from blockscale.checkpoint.index import read_index
 from blockscale.checkpoint.model_config import parse_config, read_config, without_quantization
 from blockscale.checkpoint.names import role_of
@@ -69,7 +70,8 @@ class SizePlan:
         parameters: elements of the unquantized checkpoint.
         per_gpu: bytes of weights on one GPU for `parallelism`; KV cache and activations come on top.
         kept: reason -> tensors that stay as they are.
-        block_sizes: size -> how many weights have it.
+        block_sizes: size -> how many FP8 weights have it.
+        group_formats: format of fewer than 8 bits -> how many weights have it.
         block_choice: under the block size "auto", what was chosen for each weight and why.
         seconds: estimate at `rate` bytes of input per second, or None without a rate.
     """
@@ -88,6 +90,7 @@ class SizePlan:
     seconds: float | None
     warnings: tuple[str, ...]
     block_sizes: dict[str, int]
+    group_formats: dict[str, int]
     block_choice: dict[str, Chosen] | None
 
 
@@ -127,8 +130,7 @@ def plan_checkpoint(
         decision = decisions.by_name[name]
         before = after = tensor_nbytes(dtype, shape)
         if decision.action == "quantize":
-            grid = scale_shape(shape, decisions.stored_block_size(name, shape, family))
-            after = tensor_nbytes(FP8, shape) + tensor_nbytes("F32", grid)
+            after = _quantized_bytes(decisions, name, shape, family)
         else:
             kept[decision.reason] = kept.get(decision.reason, 0) + 1
         total = roles.setdefault(role_of(name), [0, 0, 0, 0])
@@ -155,8 +157,17 @@ def plan_checkpoint(
         seconds=before / rate if rate else None,
         warnings=decisions.warnings,
         block_sizes=decisions.block_sizes,
+        group_formats=decisions.group_formats,
         block_choice=None if choice is None else choice.tensors,
     )
+
+
+def _quantized_bytes(decisions: Decisions, name: str, shape: tuple[int, ...], family: Family) -> int:
+    group = decisions.by_name[name].group
+    if group is not None:
+        return sum(tensor_nbytes(*each) for each in stored_shapes(group, shape))
+    grid = scale_shape(shape, decisions.stored_block_size(name, shape, family))
+    return tensor_nbytes(FP8, shape) + tensor_nbytes("F32", grid)
 
 
 def _choice(source: Source | None, recipe: Recipe, progress: Progress | None) -> BlockChoice | None:

@@ -16,6 +16,11 @@ from typing import Literal
 import torch
 
 from blockscale import ops
+from blockscale.checkpoint.group_tasks import (
+    dequantized_from_groups,
+    quantized_in_groups,
+    quantized_in_groups_there,
+)
 from blockscale.checkpoint.lanes import STRIP_VALUES, Lanes, Part, Tensors, Work, through
 from blockscale.checkpoint.plan import Task
 from blockscale.checkpoint.rounded import Rounded
@@ -77,18 +82,20 @@ def run_task(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str
 
 def _quantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:
     codes_out, scale_out = task.outputs
-    digest, (rows, columns) = hashlib.sha256(), codes_out.shape[-2:]
-    scale = torch.empty(scale_out.shape, dtype=torch.float32)
+    digest, height, rows = hashlib.sha256(), codes_out.shape[-2], math.prod(codes_out.shape[:-1])
+    scale = torch.empty(scale_out.shape, dtype=SAFETENSORS_DTYPES[scale_out.dtype])
     quantized = _quantized if job.lanes is None else _quantized_there
     if task.action == "requantize":
         quantized = _requantized
     elif job.rounded is not None and task.source.name in job.rounded.weights:
         quantized = _taken_over
+    elif task.group is not None:
+        quantized = quantized_in_groups if job.lanes is None else quantized_in_groups_there
     for span, codes in quantized(task, reader, per_expert(scale), job):
         data = tensor_bytes(codes)
         digest.update(data)
-        write_at(shard, codes_out.name, (span.expert * rows + span.row) * columns, data)
-        job.tick(codes.numel() * dtype_of(task.source).itemsize)
+        write_at(shard, codes_out.name, (span.expert * height + span.row) * codes_out.nbytes // rows, data)
+        job.tick(span.rows * task.input_bytes // rows)
     write_at(shard, scale_out.name, 0, tensor_bytes(scale))
     return {
         codes_out.name: digest.hexdigest(),
@@ -176,13 +183,15 @@ def _dequantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[
     dtype = SAFETENSORS_DTYPES[output.dtype]
     assert dtype is not None
     grid = per_expert(read_scale(task.scale, job.source))
-    digest, (rows, columns) = hashlib.sha256(), task.source.shape[-2:]
+    digest, (rows, columns) = hashlib.sha256(), output.shape[-2:]
     dequantized = _dequantized if job.lanes is None else _dequantized_there
+    if task.group is not None:
+        dequantized = dequantized_from_groups
     for span, weight in dequantized(task, reader, grid, job, dtype):
         data = tensor_bytes(weight)
         digest.update(data)
         write_at(shard, output.name, (span.expert * rows + span.row) * columns * dtype.itemsize, data)
-        job.tick(weight.numel())
+        job.tick(span.rows * task.source.shape[-1])
     return {output.name: digest.hexdigest()}
 
 

@@ -25,10 +25,11 @@ from blockscale.checkpoint.compare import Side, TensorError, compare, open_side
 from blockscale.checkpoint.decide import FP8, scale_of
 from blockscale.checkpoint.engine import default_workers
 from blockscale.checkpoint.index import TensorEntry, parse_object, read_header
-from blockscale.checkpoint.inspect import scale_names, scale_value_problems
+from blockscale.checkpoint.inspect import packed_scale_names, scale_names, scale_value_problems
 from blockscale.checkpoint.plan import MANIFEST_NAME
 from blockscale.checkpoint.problems import Problem, structural_problems
 from blockscale.checkpoint.progress import Progress, Silent
+from blockscale.checkpoint.scales import read_scale
 from blockscale.checkpoint.source import Source
 from blockscale.checkpoint.strips import Reader, chunks, open_reader, tensor_bytes
 from blockscale.checkpoint.writer import drop_cached
@@ -98,6 +99,11 @@ def verify_checkpoint(
             problems += scale_value_problems(
                 side.scale(side.index.tensors[_weight(name)]), name, quantization
             )
+        except CorruptCheckpointError as error:
+            problems.append(Problem("error", name, str(error)))
+    for name in packed_scale_names(side.index):
+        try:
+            read_scale(side.index.tensors[name], side.source)
         except CorruptCheckpointError as error:
             problems.append(Problem("error", name, str(error)))
     broken = {problem.where for problem in problems}
@@ -174,6 +180,10 @@ def _read_manifest(source: Source) -> dict[str, Any] | None:
     return manifest
 
 
+def _all_scales(side: Side) -> list[str]:
+    return [*scale_names(side.index), *packed_scale_names(side.index)]
+
+
 def _weight(scale: str) -> str:
     weight = scaled_weight_name(scale)
     assert weight is not None
@@ -198,7 +208,7 @@ def _set_problems(side: Side, other: Side | None, manifest: dict[str, Any] | Non
             elif hashlib.sha256(side.source.read(name)).hexdigest() != digest:
                 problems.append(Problem("error", name, "file differs from the manifest"))
     if other is not None:
-        scales = {*scale_names(side.index), *scale_names(other.index)}
+        scales = {*_all_scales(side), *_all_scales(other)}
         missing = other.index.tensors.keys() - names - scales
         added = names - other.index.tensors.keys() - scales
         problems += [

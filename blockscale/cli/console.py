@@ -68,6 +68,12 @@ def print_block_sizes(counts: Mapping[str, int]) -> None:
         out.print("blocks: " + ", ".join(f"{count:,} weights {size}" for size, count in counts.items()))
 
 
+def print_group_formats(counts: Mapping[str, int]) -> None:
+    """Print how many weights have which format of fewer than 8 bits, if any."""
+    if counts:
+        out.print("in groups: " + ", ".join(f"{count:,} weights {fmt}" for fmt, count in counts.items()))
+
+
 def fail(message: str, code: int) -> NoReturn:
     """Print one red line on standard error and exit; of torchrun's processes all but the first sign it."""
     rank = os.environ.get("RANK", "0")

@@ -26,6 +26,7 @@ def print_report(report: ConversionReport, *, as_json: bool) -> None:
     rate = size(report.input_bytes / report.seconds)
     console.out.print(f"{_done(report)}: {sizes} in {console.seconds(report.seconds)} ({rate}/s)")
     console.print_block_sizes(report.block_sizes)
+    console.print_group_formats(report.group_formats)
     if report.calibrated:
         console.out.print(_calibrated(report))
     if report.resumed_shards:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from blockscale.cli import console, options
+from blockscale.group_spelling import spell_group_format
 from blockscale.wording import size
 
 
@@ -37,6 +38,8 @@ def command(src: options.Src, revision: options.Revision = None, json: options.J
     else:
         block = ", ".join(map(spell_block_size, quantization.block_sizes))
         named = f"{quantization.layout} layout, blocks {block}, scale_fmt {quantization.fmt.scale_fmt}"
+        for low in quantization.low:
+            named += f", {spell_group_format(low.fmt)} for {len(low.targets)} targets"
         console.out.print(f"quantization: {named}, {len(quantization.skip)} modules on the skip list")
     if found.power_of_two_scales is not None and found.scales:
         console.out.print(

@@ -41,7 +41,9 @@ BlockSize = Annotated[
 RecipeFile = Annotated[
     str | None,
     typer.Option(
-        "--recipe", help="JSON file with scale_fmt, block_size, layout, include, exclude, precision."
+        "--recipe",
+        help="fp8, w4a8 or mxfp4a8 (experts in 4 bits, the rest FP8), or a JSON file with scale_fmt, "
+        "block_size, layout, include, exclude, precision.",
     ),
 ]
 
@@ -72,6 +74,7 @@ class LayoutChoice(str, Enum):
 
     deepseek = "deepseek"
     compressed_tensors = "compressed-tensors"
+    blockscale = "blockscale"
 
 
 class DeviceChoice(str, Enum):

@@ -81,5 +81,6 @@ def print_plan(plan: SizePlan, *, as_json: bool) -> None:
         assumed = f"at {size(plan.rate)}/s of input"
         console.out.print(f"estimated time: {console.seconds(plan.seconds)} {assumed} (--rate)")
     console.print_block_sizes(plan.block_sizes)
+    console.print_group_formats(plan.group_formats)
     for reason, count in plan.kept.items():
         console.out.print(f"kept: {count:,} tensors, {reason}")

@@ -38,9 +38,7 @@ def command(
             console.out.print(f"{result.compared} tensors compared with {against}")
         if result.errors:
             worst = result.errors[0]
-            mean = (
-                f"relative error of FP8 weights {result.relative_error:.3%} (root mean square over tensors)"
-            )
+            mean = f"relative error of quantized weights {result.relative_error:.3%} (root mean square)"
             console.out.print(f"{mean}, worst {worst.relative:.3%} in {worst.name}")
         if result.calibrated:
             console.out.print(f"{result.calibrated} FP8 weights calibrated, not rounded to the nearest code")

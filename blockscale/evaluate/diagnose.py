@@ -142,11 +142,11 @@ def measure_costs(
     Raises:
         BlockscaleError: a checkpoint that cannot be loaded, or whose layers are not those of the reference.
     """
-    from blockscale.huggingface.modules import fp8_layers
+    from blockscale.huggingface.modules import quantized_modules
 
     loading = Loading("transformers", dtype=torch.float32)
     exact, quantized = (load_transformers(open_source(spec), loading) for spec in (reference, model))
-    layers = dict(fp8_layers(quantized))
+    layers = dict(quantized_modules(quantized))
     return sensitivities(exact, layers, ids, lambda cost: on_module(cost, len(layers)))
 
 

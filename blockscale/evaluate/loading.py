@@ -18,12 +18,13 @@ from blockscale.checkpoint.precision import DEFAULT, parse_precision
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import BlockscaleError
-from blockscale.formats import BlockFP8, parse_quantization_config
+from blockscale.formats import BlockFP8
 from blockscale.model.config import from_huggingface
 from blockscale.model.linear import Compute
 from blockscale.model.load import load_model
 from blockscale.model.transformer import Transformer
 from blockscale.ops.gemm_dispatch import has_fp8
+from blockscale.quantization_config import parse_quantization_config
 
 Runtime = Literal["auto", "blockscale", "transformers"]
 _OURS = ("deepseek_v2", "deepseek_v3")
@@ -130,7 +131,7 @@ def _load_ours(source: Source, loading: Loading) -> Transformer:
                 )
         else:
             fmt = recipe.fmt
-            if not precision.asks_for_fp8:  # as `quantize`: all but what is named
+            if not precision.quantizes:  # as `quantize`: all but what is named
                 precision = precision.over(parse_precision({DEFAULT: "fp8"}))
             own = from_huggingface(read_config(source), where=source.path(CONFIG_NAME))
             quantized = {"weight_block_size": fmt.block_size, "scale_fmt": fmt.scale_fmt}

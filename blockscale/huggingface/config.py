@@ -11,12 +11,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.errors import BlockscaleError
-from blockscale.formats import BlockFP8, Quantization, parse_block_size, parse_scale_fmt
+from blockscale.formats import BlockFP8, parse_block_size, parse_scale_fmt
 from blockscale.huggingface.linear import Compute
+from blockscale.quantization_config import Quantization, parse_group_formats
 
 METHOD = "blockscale"
 _OPTIONS = ("compute", "quantize")
-_RECORD = ("weight_block_size", "scale_fmt", "modules_to_not_convert")
+_RECORD = ("weight_block_size", "scale_fmt", "group_formats", "modules_to_not_convert")
+# Of an entry as `blockscale quantize` writes it; they have one value.
+_FIXED = ("quant_method", "fmt", "activation_scheme")
 
 
 class BlockscaleConfig(QuantizationConfigMixin):
@@ -61,8 +64,9 @@ class BlockscaleConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.compute: Compute = compute
         self.quantize = False if recipe is None else _spelled(recipe)
-        self.weight_block_size = None if recipe is None else list(recipe.fmt.block_size)
+        self.weight_block_size = None if recipe is None else list(recipe.fp8.block_size)
         self.scale_fmt = None if recipe is None else recipe.scale_fmt
+        self.group_formats: dict[str, list[str]] | None = None
         self.modules_to_not_convert: list[str] = []
 
     @classmethod
@@ -71,7 +75,7 @@ class BlockscaleConfig(QuantizationConfigMixin):
     ) -> BlockscaleConfig | tuple[BlockscaleConfig, dict[str, Any]]:
         """What a model's config has as `quantization_config`, its record of the model included."""
         record = {name: config_dict[name] for name in _RECORD if name in config_dict}
-        rest = {name: value for name, value in config_dict.items() if name not in (*record, "quant_method")}
+        rest = {name: value for name, value in config_dict.items() if name not in (*record, *_FIXED)}
         config = cls(**rest)
         for name, value in record.items():
             setattr(config, name, value)
@@ -92,6 +96,12 @@ class BlockscaleConfig(QuantizationConfigMixin):
         where = "quantization_config weight_block_size"
         return BlockFP8(parse_block_size(self.weight_block_size, where), parse_scale_fmt(self.scale_fmt))
 
+    @property
+    def quantization(self) -> Quantization:
+        """How a checkpoint is stored, as its config.json says."""
+        low = parse_group_formats(self.group_formats, "quantization_config")
+        return Quantization("blockscale", self.fmt, tuple(self.modules_to_not_convert), low=low)
+
     def of_stored(self, quantization: Quantization) -> dict[str, Any]:
         """The entry of a model's config by which this quantizer runs its checkpoint, which is stored so."""
         return {
@@ -99,6 +109,7 @@ class BlockscaleConfig(QuantizationConfigMixin):
             "compute": self.compute,
             "weight_block_size": list(quantization.fmt.block_size),
             "scale_fmt": quantization.fmt.scale_fmt,
+            "group_formats": quantization.config().get("group_formats"),
             "modules_to_not_convert": list(quantization.skip),
         }
 
@@ -136,7 +147,7 @@ def _spelled(recipe: Recipe) -> dict[str, Any]:
     """The fields that have a meaning here, as JSON has them and `_recipe` reads them."""
     return {
         "scale_fmt": recipe.scale_fmt,
-        "block_size": list(recipe.fmt.block_size),
+        "block_size": list(recipe.fp8.block_size),
         "include": list(recipe.include),
         "exclude": list(recipe.exclude),
         "precision": {key: str(wanted) for key, wanted in recipe.precision.entries},

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError
-from blockscale.formats import parse_quantization_config
 from blockscale.huggingface.config import BlockscaleConfig, not_quantized
+from blockscale.quantization_config import parse_quantization_config
 
 # What says where the files are, and counts for config.json as for the weights.
 _HUB_OPTIONS = (
@@ -96,7 +96,7 @@ def _stored_entry(path: object, entry: Any, config: BlockscaleConfig) -> dict[st
             remedy="leave quantize out, or run blockscale dequantize first",
         )
     scheme = entry.get("activation_scheme", "dynamic")
-    if quantization is None or quantization.layout != "deepseek" or scheme != "dynamic":
+    if quantization is None or quantization.layout == "compressed-tensors" or scheme != "dynamic":
         raise BlockscaleError(
             "cannot be run on this package",
             where=f"{path} quantization_config",

@@ -1,90 +1,133 @@
-"""The layers that take the place of those of transformers: linear layers and fused experts with FP8 weights.
+"""The layers that take the place of those of transformers: linear layers and fused experts, quantized.
 
 Parameters have the names that transformers has for them, with the scale beside: `q_proj.weight` and
-`q_proj.weight_scale_inv`, `experts.gate_up_proj` and `experts.gate_up_proj_scale_inv`.
+`q_proj.weight_scale_inv`, `experts.gate_up_proj` and `experts.gate_up_proj_scale_inv`; of fewer than 8 bits,
+`q_proj.weight_scale`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from blockscale import ops
+from blockscale.checkpoint.groups import group_scale_name
 from blockscale.errors import BlockscaleError
-from blockscale.formats import BlockFP8, scale_name
-from blockscale.huggingface.linear import Compute, multiply
+from blockscale.formats import BlockFP8, scale_name, spell_block_size
+from blockscale.group_formats import group_scale_shape, packed_shape
+from blockscale.group_spelling import WrittenFormat, spell_group_format
+from blockscale.huggingface.linear import Compute, multiply, multiply_low
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 # What transformers gives all modules of experts, and calls in all its implementations of them.
 GATE = "_apply_gate"
 
 
-class FP8Layer(nn.Module):
-    """Weights in FP8, each with its scale.
+@dataclass(frozen=True)
+class Stored:
+    """How a parameter is stored.
 
     Attributes:
-        fmt: block size and scale format of the FP8 weights.
-        compute: see `BlockscaleConfig`.
-        parts: FP8 weight -> how many matrices lie in it one below the other, each with its own grid of
-            blocks: 2 where a checkpoint has gate and up apart, since no block reaches across two tensors.
+        parts: how many matrices lie in it one below the other, each with blocks of its own: 2 where a
+            checkpoint has gate and up apart, since no block reaches across two tensors.
+        group: the format of a weight of fewer than 8 bits; None of an FP8 one.
     """
 
-    def __init__(self, fmt: BlockFP8, compute: Compute, parts: Mapping[str, int]) -> None:
+    parts: int = 1
+    group: WrittenFormat | None = None
+
+
+class QuantizedLayer(nn.Module):
+    """Quantized weights, each with its scale.
+
+    Attributes:
+        fmt: block size and scale format of the FP8 weights; the scale format is that of activations.
+        compute: see `BlockscaleConfig`.
+        stored: quantized parameter -> how it is stored.
+    """
+
+    def __init__(self, fmt: BlockFP8, compute: Compute, stored: Mapping[str, Stored]) -> None:
         super().__init__()
-        self.fmt, self.compute, self.parts = fmt, compute, dict(parts)
+        self.fmt, self.compute, self.stored = fmt, compute, dict(stored)
+
+    def scale_name(self, name: str) -> str:
+        """Name of the scale of a quantized parameter."""
+        return scale_name(name) if self.stored[name].group is None else group_scale_name(name)
 
     def _add(self, name: str, shape: torch.Size) -> None:
-        """An FP8 weight of this shape, uninitialized, and its scale."""
+        """A quantized weight of this shape, uninitialized, and its scale."""
         *experts, n, k = shape
-        count = self.parts[name]
-        rows, columns = self.fmt.scale_shape((n // count, k))
-        codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
-        scale = torch.empty((*experts, count * rows, columns), dtype=torch.float32)
+        group, count = self.stored[name].group, self.stored[name].parts
+        if group is None:
+            rows, columns = self.fmt.scale_shape((n // count, k))
+            codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
+            scale = torch.empty((*experts, count * rows, columns), dtype=torch.float32)
+        else:
+            codes = torch.empty(packed_shape(tuple(shape), group), dtype=torch.uint8)
+            scale = torch.empty(group_scale_shape(tuple(shape), group), dtype=group.scale_dtype)
         self.register_parameter(name, nn.Parameter(codes, requires_grad=False))
-        self.register_parameter(scale_name(name), nn.Parameter(scale, requires_grad=False))
+        self.register_parameter(self.scale_name(name), nn.Parameter(scale, requires_grad=False))
 
     def quantized(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of a high-precision weight, to become the parameter `name`."""
-        pieces = weight.chunk(self.parts[name], dim=-2)
+        stored = self.stored[name]
+        if stored.group is not None:
+            return ops.quantize_group(weight, stored.group)
+        pieces = weight.chunk(stored.parts, dim=-2)
         made = [ops.quantize_weight(piece, self.fmt.block_size, self.fmt.scale_fmt) for piece in pieces]
         codes, scales = zip(*made, strict=True)
         return torch.cat(codes, -2), torch.cat(scales, -2)
 
-    def scales(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameter name and values of every scale."""
-        for name in self.parts:
-            yield scale_name(name), getattr(self, scale_name(name))
+    def multiply(
+        self, name: str, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(..., K) -> (..., N) by a matrix (N, K) that is stored as the parameter `name` is."""
+        stored = self.stored[name]
+        if stored.group is not None:
+            return multiply_low(x, codes, scale, stored.group, self.fmt.scale_fmt, self.compute, bias)
+        pieces = zip(codes.chunk(stored.parts), scale.chunk(stored.parts), strict=True)
+        made = [multiply(x, *piece, self.fmt, self.compute, bias) for piece in pieces]
+        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+
+    def fp8_scales(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameter name and values of the scale of every FP8 weight."""
+        for name, stored in self.stored.items():
+            if stored.group is None:
+                yield self.scale_name(name), getattr(self, self.scale_name(name))
 
     def extra_repr(self) -> str:
         """The line that printing a model shows."""
-        shapes = ", ".join(f"{name}={list(getattr(self, name).shape)}" for name in self.parts)
-        block = "x".join(map(str, self.fmt.block_size))
-        return f"{shapes}, {block} blocks, {self.fmt.scale_fmt} scales, compute={self.compute}"
+        shapes = ", ".join(f"{name}={list(getattr(self, name).shape)}" for name in self.stored)
+        groups = {spell_group_format(each.group): None for each in self.stored.values() if each.group}
+        kind = ", ".join(groups) or f"{spell_block_size(self.fmt.block_size)} blocks"
+        return f"{shapes}, {kind}, {self.fmt.scale_fmt} scales, compute={self.compute}"
 
 
-class FP8Linear(FP8Layer):
+class QuantizedLinear(QuantizedLayer):
     """A linear layer: weight (N, K), bias (N,) or None."""
 
     weight: nn.Parameter
-    weight_scale_inv: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, original: nn.Linear, fmt: BlockFP8, compute: Compute) -> None:
-        super().__init__(fmt, compute, {"weight": 1})
+    def __init__(
+        self, original: nn.Linear, fmt: BlockFP8, compute: Compute, stored: Mapping[str, Stored]
+    ) -> None:
+        super().__init__(fmt, compute, stored)
         self.in_features, self.out_features = original.in_features, original.out_features
         self._add("weight", original.weight.shape)
         self.register_parameter("bias", original.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., N), of the dtype of x."""
-        return multiply(x, self.weight, self.weight_scale_inv, self.fmt, self.compute, self.bias)
+        return self.multiply("weight", x, self.weight, getattr(self, self.scale_name("weight")), self.bias)
 
 
-class FP8Experts(FP8Layer):
-    """The routed experts of a layer: gate_up_proj (E, 2I, K) over down_proj (E, K, I), one or both in FP8.
+class QuantizedExperts(QuantizedLayer):
+    """The routed experts of a layer: gate_up_proj (E, 2I, K) over down_proj (E, K, I), one or both quantized.
 
     The activation function between the two is that of the module it replaces.
 
@@ -96,12 +139,12 @@ class FP8Experts(FP8Layer):
     down_proj: nn.Parameter
 
     def __init__(
-        self, original: nn.Module, fmt: BlockFP8, compute: Compute, parts: Mapping[str, int]
+        self, original: nn.Module, fmt: BlockFP8, compute: Compute, stored: Mapping[str, Stored]
     ) -> None:
-        super().__init__(fmt, compute, parts)
+        super().__init__(fmt, compute, stored)
         for name in EXPERT_WEIGHTS:
             weight = getattr(original, name)
-            if name in parts:
+            if name in stored:
                 self._add(name, weight.shape)
             else:
                 self.register_parameter(name, weight)
@@ -122,11 +165,9 @@ class FP8Experts(FP8Layer):
 
     def _product(self, name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
         weight = getattr(self, name)[expert]
-        if name not in self.parts:
+        if name not in self.stored:
             return nn.functional.linear(x, weight)
-        scale = getattr(self, scale_name(name))[expert]
-        pieces = zip(weight.chunk(self.parts[name]), scale.chunk(self.parts[name]), strict=True)
-        return torch.cat([multiply(x, *piece, self.fmt, self.compute) for piece in pieces], dim=-1)
+        return self.multiply(name, x, weight, getattr(self, self.scale_name(name))[expert], None)
 
 
 def through_experts(
@@ -156,42 +197,46 @@ def through_experts(
     return out.sum(dim=1).to(hidden_states.dtype)
 
 
-def takes_fp8(module: nn.Module, parameter: str) -> bool:
-    """Whether an `FP8Layer` can stand for the module with this parameter in FP8."""
+def can_quantize(module: nn.Module, parameter: str) -> bool:
+    """Whether a `QuantizedLayer` can stand for the module with this parameter quantized."""
     return (type(module) is nn.Linear and parameter == "weight") or (
         is_experts(module) and parameter in EXPERT_WEIGHTS
     )
 
 
-def fp8_layer(
-    module: nn.Module, fmt: BlockFP8, compute: Compute, parts: Mapping[str, int], where: str | None = None
-) -> FP8Layer:
-    """The layer that stands for a module, its FP8 weights uninitialized; experts give up their own.
+def quantized_layer(
+    module: nn.Module,
+    fmt: BlockFP8,
+    compute: Compute,
+    stored: Mapping[str, Stored],
+    where: str | None = None,
+) -> QuantizedLayer:
+    """The layer that stands for a module, its quantized weights uninitialized; experts give up their own.
 
     Args:
         module: linear layer or fused experts.
         fmt: block size and scale format.
         compute: see `BlockscaleConfig`.
-        parts: parameter that becomes FP8 -> how many matrices lie in it one below the other.
+        stored: parameter that becomes quantized -> how it is stored.
         where: what an error is about.
 
     Raises:
         BlockscaleError: no layer can stand for it.
     """
-    if not all(takes_fp8(module, name) for name in parts):
+    if not all(can_quantize(module, name) for name in stored):
         raise BlockscaleError(
-            f"{type(module).__name__} cannot run on FP8 weights",
+            f"{type(module).__name__} cannot run on quantized weights",
             where=where,
             expected="torch.nn.Linear, or experts of gate_up_proj (E, 2I, K) and down_proj without bias",
             remedy="leave it out of what is quantized, or dequantize the checkpoint",
         )
     if isinstance(module, nn.Linear):
-        return FP8Linear(module, fmt, compute)
-    return FP8Experts(module, fmt, compute, parts)
+        return QuantizedLinear(module, fmt, compute, stored)
+    return QuantizedExperts(module, fmt, compute, stored)
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether `FP8Experts` computes the same: gate over up in (E, out, in), no bias, nothing after down."""
+    """Whether `QuantizedExperts` computes the same: gate over up in (E, out, in), no bias, no norm behind."""
     expected = {
         "has_gate": True,
         "is_concatenated": True,
@@ -208,20 +253,20 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
-def fp8_layers(model: nn.Module) -> Iterator[tuple[str, FP8Layer]]:
-    """Full path and module of every layer with FP8 weights."""
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Full path and module of every layer with quantized weights."""
     for path, module in model.named_modules():
-        if isinstance(module, FP8Layer):
+        if isinstance(module, QuantizedLayer):
             yield path, module
 
 
 def quantized_layers(model: nn.Module) -> tuple[str, ...]:
-    """Full names of the FP8 parameters of a model: `model.layers.0.self_attn.q_proj.weight`."""
-    return tuple(f"{path}.{name}" for path, layer in fp8_layers(model) for name in layer.parts)
+    """Full names of the quantized parameters of a model: `model.layers.0.self_attn.q_proj.weight`."""
+    return tuple(f"{path}.{name}" for path, layer in quantized_modules(model) for name in layer.stored)
 
 
 def kept_layers(model: nn.Module) -> tuple[str, ...]:
-    """Full paths of the linear layers and fused experts of a model that have no FP8 weight."""
+    """Full paths of the linear layers and fused experts of a model that have no quantized weight."""
     return tuple(
         path for path, module in model.named_modules() if type(module) is nn.Linear or is_experts(module)
     )
@@ -229,17 +274,21 @@ def kept_layers(model: nn.Module) -> tuple[str, ...]:
 
 def format_summary(model: nn.Module) -> str:
     """How the linear layers of a model are stored, in a line; every expert's gate, up and down count."""
-    counts: Counter[torch.dtype] = Counter()
-    layers = dict(fp8_layers(model))
+    counts: Counter[str] = Counter()
+    layers = dict(quantized_modules(model))
     for path in (*layers, *kept_layers(model)):
         module = model.get_submodule(path)
         for name in ("weight", *EXPERT_WEIGHTS):
             weight = getattr(module, name, None)
             if weight is not None:
                 experts = weight.shape[0] if weight.dim() == 3 else 1
-                counts[weight.dtype] += experts * (2 if name == "gate_up_proj" else 1)
-    named = sorted((str(dtype).removeprefix("torch."), count) for dtype, count in counts.items())
-    line = "linear layers: " + (", ".join(f"{count} in {name}" for name, count in named) or "none")
+                stored = getattr(module, "stored", {}).get(name, Stored()).group
+                kind = (
+                    str(weight.dtype).removeprefix("torch.") if stored is None else spell_group_format(stored)
+                )
+                counts[kind] += experts * (2 if name == "gate_up_proj" else 1)
+    named = ", ".join(f"{count} in {name}" for name, count in sorted(counts.items()))
+    line = f"linear layers: {named or 'none'}"
     if not layers:
         return line
     first = next(iter(layers.values()))

@@ -15,6 +15,7 @@ import copy
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,11 +26,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from blockscale import reference
 from blockscale.checkpoint.decide import FP8, Signature, decide_quantize
+from blockscale.checkpoint.groups import group_scale_name, low_bit_weights
 from blockscale.checkpoint.model_config import without_quantization
 from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.formats import SAFETENSORS_DTYPES, scale_name
+from blockscale.group_spelling import WrittenFormat
 from blockscale.huggingface.config import METHOD, BlockscaleConfig, not_quantized
-from blockscale.huggingface.modules import FP8Layer, format_summary, fp8_layers, kept_layers
+from blockscale.huggingface.modules import QuantizedLayer, format_summary, kept_layers, quantized_modules
 from blockscale.huggingface.targets import (
     Target,
     check_stored,
@@ -68,6 +71,7 @@ class BlockscaleQuantizer(HfQuantizer):
         config = self.quantization_config
         tensors = read_signatures(checkpoint_files)
         chosen = self._chosen(tensors, model)
+        groups = {name: group for name, group in chosen.items() if group is not None}
         targets = find_targets(model, tensors, chosen)
         if not targets:
             raise BlockscaleError(
@@ -76,26 +80,34 @@ class BlockscaleQuantizer(HfQuantizer):
                 got=f"{len(chosen)} of {len(tensors)} tensors, none of which it reads",
             )
         if self.pre_quantized:
-            check_stored(targets, tensors, config.fmt)
+            check_stored(targets, tensors, config.fmt, groups)
         else:
             _read_unrounded(model, targets, tensors, dtype)
-        replace_layers(model, targets, config.fmt, config.compute)
+        replace_layers(model, targets, config.fmt, config.compute, groups)
+        scales = {scale_name("weight"): len(groups) < len(chosen), group_scale_name("weight"): bool(groups)}
+        # Experts are merged with their scales if the first kind of scale is that of some experts.
+        fused = any(".experts." in name for name in groups)
+        names = sorted((name for name, used in scales.items() if used), reverse=not fused)
+        self.serialized_names = {"weight": ["weight", *names]}  # type: ignore[misc]
 
-    def _chosen(self, tensors: dict[str, Signature], model: Any) -> set[str]:
-        """Tensors of the checkpoint that are FP8, or that `blockscale quantize` would write so."""
+    def _chosen(self, tensors: dict[str, Signature], model: Any) -> dict[str, WrittenFormat | None]:
+        """Tensors that are quantized, or that `blockscale quantize` would; with the format of fewer bits."""
         recipe = self.quantization_config.recipe
         if self.pre_quantized or recipe is None:
-            return {name for name, (dtype, _) in tensors.items() if dtype == FP8}
+            fp8 = [name for name, (dtype, _) in tensors.items() if dtype == FP8]
+            low = low_bit_weights(tensors, self.quantization_config.quantization)
+            return {**dict.fromkeys(fp8), **low}
+        recipe = replace(recipe, layout="blockscale")  # the one with a place for all that can be run
         decisions = decide_quantize(tensors, without_quantization(model.config.to_dict()), recipe)
         for warning in decisions.warnings:
             _logger.warning("%s", warning)
-        return {name for name, each in decisions.by_name.items() if each.action == "quantize"}
+        return {name: each.group for name, each in decisions.by_name.items() if each.action == "quantize"}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether codes are made of what is read for a parameter."""
         path, _, leaf = param_name.rpartition(".")
         module = model.get_submodule(path)
-        return not self.pre_quantized and isinstance(module, FP8Layer) and leaf in module.parts
+        return not self.pre_quantized and isinstance(module, QuantizedLayer) and leaf in module.stored
 
     def get_quantize_ops(self) -> ConversionOps:
         """What makes codes and scales of one parameter."""
@@ -104,9 +116,9 @@ class BlockscaleQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.failures:
             raise self.failures[0]
-        for path, layer in fp8_layers(model):
+        for path, layer in quantized_modules(model):
             layer.requires_grad_(False)
-            for name, scale in layer.scales():
+            for name, scale in layer.fp8_scales():
                 _check_scale(f"{path}.{name}", scale, layer)
         self.quantization_config.modules_to_not_convert = list(kept_layers(model))
         _logger.info("%s", format_summary(model))
@@ -139,15 +151,15 @@ class _Quantize(ConversionOps):
         weight = value[0] if isinstance(value, list) else value
         path, _, leaf = name.rpartition(".")
         layer = model.get_submodule(path)
-        assert isinstance(layer, FP8Layer)
+        assert isinstance(layer, QuantizedLayer)
         try:
             codes, scale = layer.quantized(leaf, weight)
         except NonFiniteError as error:
             # transformers makes a report of what is raised here: the error has to wait until all is read.
             self.quantizer.failures.append(NonFiniteError(error.count, error.position, where=name))
-            codes = torch.zeros_like(weight, dtype=torch.float8_e4m3fn)
-            scale = torch.ones_like(getattr(layer, scale_name(leaf)), device=weight.device)
-        return {name: codes, scale_name(name): scale}
+            empty = getattr(layer, leaf), getattr(layer, layer.scale_name(leaf))
+            codes, scale = (torch.zeros(each.shape, dtype=each.dtype, device=weight.device) for each in empty)
+        return {name: codes, f"{path}.{layer.scale_name(leaf)}": scale}
 
 
 def _read_unrounded(
@@ -162,7 +174,7 @@ def _read_unrounded(
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | wider
 
 
-def _check_scale(name: str, scale: torch.Tensor, layer: FP8Layer) -> None:
+def _check_scale(name: str, scale: torch.Tensor, layer: QuantizedLayer) -> None:
     if layer.fmt.scale_fmt == "ue8m0" and not bool(reference.is_power_of_two(scale).all()):
         raise BlockscaleError(
             "scale is no power of two",

@@ -24,11 +24,13 @@ from transformers.core_model_loading import (
 )
 
 from blockscale.checkpoint.decide import Signature, check_grid
+from blockscale.checkpoint.groups import check_group_scale
 from blockscale.checkpoint.index import read_header
 from blockscale.errors import BlockscaleError, MissingScaleError
 from blockscale.formats import BlockFP8, scale_name
+from blockscale.group_spelling import WrittenFormat
 from blockscale.huggingface.linear import Compute
-from blockscale.huggingface.modules import fp8_layer
+from blockscale.huggingface.modules import Stored, quantized_layer
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,26 @@ def made_of(
             yield name, target, of_pattern[pattern] if pattern is not None else None
 
 
-def check_stored(targets: Sequence[Target], tensors: Mapping[str, Signature], fmt: BlockFP8) -> None:
-    """Refuse FP8 weights without a scale, or with one on another grid than that of the config.
+def check_stored(
+    targets: Sequence[Target],
+    tensors: Mapping[str, Signature],
+    fmt: BlockFP8,
+    groups: Mapping[str, WrittenFormat],
+) -> None:
+    """Refuse quantized weights without a scale, or with one that is not what the config says.
+
+    Args:
+        targets: parameters.
+        tensors: of the checkpoint.
+        fmt: of FP8 weights.
+        groups: tensors of fewer than 8 bits -> their format.
 
     Raises:
         BlockscaleError: as said; MissingScaleError for the former.
     """
-    names = [name for target in targets for name in target.sources]
+    for name, group in groups.items():
+        check_group_scale(name, group, tensors)
+    names = [name for target in targets for name in target.sources if name not in groups]
     missing = [name for name in names if scale_name(name) not in tensors]
     if missing:
         raise MissingScaleError(
@@ -137,20 +152,39 @@ def check_stored(targets: Sequence[Target], tensors: Mapping[str, Signature], fm
         check_grid(name, tensors[name][1], scale, tensors[scale], fmt.block_size)
 
 
-def replace_layers(model: nn.Module, targets: Sequence[Target], fmt: BlockFP8, compute: Compute) -> None:
+def replace_layers(
+    model: nn.Module,
+    targets: Sequence[Target],
+    fmt: BlockFP8,
+    compute: Compute,
+    groups: Mapping[str, WrittenFormat],
+) -> None:
     """Put a layer of `modules` in the place of every module that has a target.
 
+    Args:
+        model: of transformers.
+        targets: parameters that are quantized.
+        fmt: of FP8 weights.
+        compute: see `BlockscaleConfig`.
+        groups: tensors of the checkpoint that have, or get, fewer than 8 bits -> their format.
+
     Raises:
-        BlockscaleError: a target is no weight of a linear layer, nor of experts that `FP8Experts` computes.
+        BlockscaleError: a target is no weight of a linear layer, nor of experts that `QuantizedExperts`
+            computes; or it is made of tensors in several formats.
     """
-    parts: dict[str, dict[str, int]] = {}
+    stored: dict[str, dict[str, Stored]] = {}
     first: dict[str, str] = {}
     for target in targets:
-        parts.setdefault(target.path, {})[target.leaf] = target.parts
+        group = groups.get(target.sources[0])
+        odd = next((name for name in target.sources if groups.get(name) != group), None)
+        if odd is not None:
+            where = f"one format for all of {target.name}"
+            raise BlockscaleError("has another format than the others", where=odd, expected=where)
+        stored.setdefault(target.path, {})[target.leaf] = Stored(target.parts, group)
         first.setdefault(target.path, target.sources[0])
     made = {
-        path: fp8_layer(model.get_submodule(path), fmt, compute, each, first[path])
-        for path, each in parts.items()
+        path: quantized_layer(model.get_submodule(path), fmt, compute, each, first[path])
+        for path, each in stored.items()
     }
     for path, layer in made.items():
         model.set_submodule(path, layer)

@@ -19,6 +19,7 @@ from blockscale.checkpoint.ranks import read_rank_index, world_size_of
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8, spell_block_size
+from blockscale.group_spelling import spell_group_format
 from blockscale.model.architecture import ModelConfig
 from blockscale.model.config import from_huggingface, load_config
 from blockscale.model.linear import Compute
@@ -188,6 +189,12 @@ def _check_precision(precision: Precision, weights: Weights) -> None:
     if not precision.entries:
         return
     usual = weights.fmt.block_size
+    for group in precision.groups:
+        raise BlockscaleError(
+            "this runtime makes FP8 and BF16 as it loads",
+            where=f"precision {spell_group_format(group)}",
+            expected="fp8 | bf16",
+        )
     for other in precision.block_sizes - {usual}:
         expected, got = spell_block_size(usual), spell_block_size(other)
         raise BlockscaleError("a model has one block size", where="precision", expected=expected, got=got)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from blockscale.checkpoint.precision import KINDS, Precision
+from blockscale.checkpoint.precision import Precision
 from blockscale.errors import BlockscaleError
 from blockscale.model.architecture import ModelConfig, checked_config
 
@@ -48,6 +48,8 @@ MODEL_ARGS: dict[str, tuple[str, Any]] = {
 # Sizes in whose place a file may give the precision of the layers that have them. Shared experts, which are
 # `n_shared_experts` times as wide as a routed one, go with the rest of the model.
 SIZED_ROLES = {"moe_inter_dim": "experts", "inter_dim": "dense_mlp"}
+# What a file may say in place of a size.
+_PRECISIONS = ("fp8", "bf16")
 _NO_SIZES = {"dtype", "scale_fmt"}
 _NAMES = {path: name for name, (path, _) in MODEL_ARGS.items()}
 
@@ -96,7 +98,7 @@ def from_deepseek(
 
 def gives_precision(values: Mapping[str, Any]) -> bool:
     """Whether a parsed file sets precisions: one in place of a size, or nothing but what they are made of."""
-    return any(values.get(name) in KINDS for name in SIZED_ROLES) or (
+    return any(values.get(name) in _PRECISIONS for name in SIZED_ROLES) or (
         "dtype" in values and values.keys() <= _NO_SIZES
     )
 
@@ -116,7 +118,7 @@ def with_precision(values: Mapping[str, Any], own: ModelConfig | None, *, where:
     Raises:
         BlockscaleError: there is no config.json to take sizes from, or `from_deepseek` refuses the rest.
     """
-    roles = {name: role for name, role in SIZED_ROLES.items() if values.get(name) in KINDS}
+    roles = {name: role for name, role in SIZED_ROLES.items() if values.get(name) in _PRECISIONS}
     if own is None:
         raise BlockscaleError(
             f"{next(iter(roles), 'dtype')} is a precision, and sizes are missing",

@@ -17,7 +17,7 @@ from blockscale.checkpoint.index import INDEX_NAME, parse_object
 from blockscale.checkpoint.model_config import CONFIG_NAME
 from blockscale.checkpoint.plan import MANIFEST_NAME
 from blockscale.checkpoint.source import Source, open_source
-from blockscale.formats import QUANTIZATION_KEYS
+from blockscale.quantization_config import QUANTIZATION_KEYS
 from blockscale.report.content import Code, Note, Section, Table
 from blockscale.report.wording import spelled
 from blockscale.version import __version__

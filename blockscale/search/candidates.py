@@ -1,8 +1,7 @@
 """The formats that a search chooses from: what a weight takes on disk, and how its module then computes.
 
-A candidate is data. "bf16" stands for what is not quantized; FP8 quantizes weights and, as it will run,
-activations (1 x block_k groups); a format of weights alone is described by its bytes and a function that
-rounds a weight to what it can hold.
+A candidate is data. "bf16" stands for what is not quantized; the others quantize weights and, as they will
+run, activations to FP8.
 """
 
 from __future__ import annotations
@@ -12,24 +11,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import nn
 
 from blockscale.checkpoint.decide import FP8
 from blockscale.checkpoint.families import Family, stored_block_size
+from blockscale.checkpoint.groups import stored_shapes
 from blockscale.checkpoint.precision import WeightFormat, parse_weight_format
 from blockscale.errors import BlockscaleError
 from blockscale.formats import (
     BlockFP8,
     Layout,
     ScaleFmt,
-    scale_name,
     scale_shape,
     tensor_nbytes,
 )
+from blockscale.group_spelling import WrittenFormat, spell_group_format
 
 BF16 = "bf16"  # as recipes spell what is not quantized
 MIXED_BLOCKS = ("fp8", "fp8:64x64", "fp8:32x32", "fp8:1x128")
+# What there is to choose from where nobody says.
+_MIXED: dict[Layout, tuple[str, ...]] = {
+    "deepseek": ("fp8",),
+    "compressed-tensors": MIXED_BLOCKS,
+    "blockscale": ("fp8", "int4:g128", "int3:g128"),
+}
 
 # (N, K) or (E, N, K), family of the checkpoint -> bytes, scales included.
 Bytes = Callable[[tuple[int, ...], Family], int]
@@ -59,23 +64,16 @@ def fp8(name: str, fmt: BlockFP8) -> Candidate:
         grid = scale_shape(shape, stored_block_size(fmt.block_size, shape, family))
         return tensor_nbytes(FP8, shape) + tensor_nbytes("F32", grid)
 
-    return Candidate(name, nbytes, partial(_fp8_module, fmt=fmt))
+    return Candidate(name, nbytes, partial(_quantized_module, fmt=fmt))
 
 
-def weights_only(
-    name: str, nbytes: Bytes, fake_quantize: Callable[[torch.Tensor], torch.Tensor]
-) -> Candidate:
-    """A format of weights: `fake_quantize` rounds a weight (..., N, K) to what the format can hold."""
+def in_groups(group: WrittenFormat, fmt: BlockFP8) -> Candidate:
+    """Fewer than 8 bits, with activations in FP8 of the scale format of `fmt`."""
 
-    def quantized(module: nn.Module, parts: Mapping[str, int]) -> nn.Module:
-        made = _copied(module)
-        for each, count in parts.items():
-            pieces = getattr(module, each).detach().chunk(count, dim=-2)
-            rounded = torch.cat([fake_quantize(piece) for piece in pieces], -2)
-            made._parameters[each] = nn.Parameter(rounded, requires_grad=False)
-        return made
+    def nbytes(shape: tuple[int, ...], _: Family) -> int:
+        return sum(tensor_nbytes(*each) for each in stored_shapes(group, shape))
 
-    return Candidate(name, nbytes, quantized)
+    return Candidate(spell_group_format(group), nbytes, partial(_quantized_module, fmt=fmt, group=group))
 
 
 def candidates(
@@ -84,16 +82,17 @@ def candidates(
     """The quantized formats of these names; "bf16" among them says nothing, as it is always there.
 
     Args:
-        names: "fp8" is the recipe's block size, "fp8:RxC" another one; empty for all that the layout can mix.
-        layout: DeepSeek's has one block size in a checkpoint.
+        names: "fp8" is the recipe's block size, "fp8:RxC" another one, "int4:g128" has fewer than 8 bits;
+            empty for what the layout can mix.
+        layout: all but compressed-tensors have one block size in a checkpoint, and only ours fewer bits.
         block_size: of "fp8".
         scale_fmt: of all of them.
 
     Raises:
-        BlockscaleError: an unknown format, or several block sizes in DeepSeek's layout.
+        BlockscaleError: an unknown format, or one that the layout has no place for.
     """
-    wanted = names or (MIXED_BLOCKS if layout == "compressed-tensors" else ("fp8",))
-    found: dict[tuple[int, int], Candidate] = {}
+    wanted = names or _MIXED[layout]
+    found: dict[tuple[int, int] | WrittenFormat, Candidate] = {}
     for name in wanted:
         parsed = parse_weight_format(name, "formats")
         if parsed.kind == "fp8":
@@ -101,11 +100,21 @@ def candidates(
             # The recipe's own block size has one spelling, and two names of it are one format.
             spelled = str(WeightFormat("fp8", None if block == block_size else block))
             found.setdefault(block, fp8(spelled, BlockFP8(block, scale_fmt)))
+        elif parsed.group is not None:
+            found.setdefault(parsed.group, in_groups(parsed.group, BlockFP8(block_size, scale_fmt)))
     if not found:
-        raise BlockscaleError("nothing to choose from", where="formats", expected="fp8 among them")
-    if layout == "deepseek" and set(found) != {block_size}:
+        raise BlockscaleError("nothing to choose from", where="formats", expected="fp8 or int4 among them")
+    low = [each for each in found if not isinstance(each, tuple)]
+    if low and layout != "blockscale":
         raise BlockscaleError(
-            "DeepSeek's layout has one block size in a checkpoint",
+            f"the {layout} layout has no place for weights of fewer than 8 bits",
+            where="formats",
+            got=spell_group_format(low[0]),
+            remedy="take --layout blockscale",
+        )
+    if layout != "compressed-tensors" and {*found} - {*low, block_size}:
+        raise BlockscaleError(
+            f"the {layout} layout has one block size in a checkpoint",
             where="formats",
             expected="bf16 and fp8",
             got=", ".join(wanted),
@@ -114,14 +123,17 @@ def candidates(
     return tuple(found.values())
 
 
-def _fp8_module(module: nn.Module, parts: Mapping[str, int], fmt: BlockFP8) -> nn.Module:
-    from blockscale.huggingface.modules import fp8_layer
+def _quantized_module(
+    module: nn.Module, parts: Mapping[str, int], fmt: BlockFP8, group: WrittenFormat | None = None
+) -> nn.Module:
+    from blockscale.huggingface.modules import Stored, quantized_layer
 
     # Of a copy: experts give up their weights to the layer.
-    layer = fp8_layer(_copied(module), fmt, "auto", parts)
-    for name in layer.parts:
+    stored = {name: Stored(count, group) for name, count in parts.items()}
+    layer = quantized_layer(_copied(module), fmt, "auto", stored)
+    for name in layer.stored:
         codes, scale = layer.quantized(name, getattr(module, name).detach())
-        getattr(layer, name).data, getattr(layer, scale_name(name)).data = codes, scale
+        getattr(layer, name).data, getattr(layer, layer.scale_name(name)).data = codes, scale
     return layer
 
 

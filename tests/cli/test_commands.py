@@ -44,7 +44,7 @@ def test_there_and_back_with_text(tmp_path, source, blockscale):
     assert out.splitlines()[0].startswith("121 tensors read back, ")
     assert "121 checksums compared" in out
     assert f"73 tensors compared with {source}" in out
-    assert "relative error of FP8 weights 2." in out
+    assert "relative error of quantized weights 2." in out
     assert out.endswith("problems: none\nOK\n")
     code, out, err = blockscale("inspect", tmp_path / "fp8")
     assert (code, err) == (0, "")

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from blockscale.errors import BlockscaleError
-from blockscale.formats import BlockFP8, Quantization
+from blockscale.formats import BlockFP8
 from blockscale.model.config import ModelConfig, from_deepseek, from_huggingface, load_config
 from blockscale.model.model_args import MODEL_ARGS
+from blockscale.quantization_config import Quantization
 from tests import data
 from tests.model.configs import BAD, ORIGINAL, changed, refusal
 
@@ -275,7 +276,7 @@ def test_keys_that_are_not_known_are_told_once_and_those_without_meaning_never(c
         (
             {"quantization_config": {"quant_method": "awq"}},
             "config.json quantization_config: quantization method is not block FP8 "
-            "(expected quant_method fp8 or compressed-tensors, got 'awq'); "
+            "(expected quant_method fp8, compressed-tensors or blockscale, got 'awq'); "
             "start from an unquantized (BF16) or block FP8 checkpoint",
         ),
     ],

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from blockscale.evaluate.session import to_json
 from blockscale.evaluate.subjects import open_subject
 from blockscale.evaluate.windows import cut
 from blockscale.formats import tensor_nbytes
-from blockscale.search.candidates import BF16, candidates, weights_only
+from blockscale.search.candidates import BF16, candidates
 from blockscale.search.goals import Goal
 from blockscale.search.recipes import compact
 from blockscale.search.run import search
@@ -32,8 +31,8 @@ CPU = Loading("transformers", "cpu", torch.float32)
 MIXED = Recipe(layout="compressed-tensors")
 
 
-def found(folder, goal, base=None, ids=IDS, **options):
-    return search(open_space(str(folder), base), goal, ids, loading=CPU, **options)
+def found(folder, goal, base=None, ids=IDS, formats=(), **options):
+    return search(open_space(str(folder), base, formats), goal, ids, loading=CPU, **options)
 
 
 def written(result, path):
@@ -142,26 +141,17 @@ def test_another_block_size_of_the_layout_with_one(llama, tmp_path):
     assert plan_checkpoint(str(llama), written(result, tmp_path / "r.json")).after == result.chosen.nbytes
 
 
-def test_a_format_is_data(llama):
-    """One of weights alone, to half a byte: what it rounds to is what the model computes with."""
-    space = open_space(str(llama))
-
-    def signs(weight):
-        return weight.sign() * weight.abs().mean()
-
-    name = "fp8:1x1"  # recipes know no other yet
-    coarse = weights_only(name, lambda shape, family: math.prod(shape) // 2, signs)
-    both = (*space.candidates, coarse)
-    nbytes = tuple(
-        (*row, sum(math.prod(shape) // 2 for _, shape in unit.signatures))
-        for row, unit in zip(space.nbytes, space.units, strict=True)
-    )
-    wider = replace(space, candidates=both, nbytes=nbytes)
-    result = search(wider, Goal("0.7x"), IDS, loading=CPU)
-    assert all(unit.costs[1].kl > 10 * unit.costs[0].kl for unit in result.units)
-    exact = search(wider, Goal("0.9x"), IDS, loading=CPU)
-    assert name not in {unit.format for unit in exact.units}
-    assert name in {unit.format for unit in search(wider, Goal("0.5x"), IDS, loading=CPU).units}
+def test_formats_of_fewer_than_8_bits(llama, tmp_path):
+    """Half the size of FP8 and more: what is chosen is what `quantize` writes, to the byte."""
+    result = found(llama, Goal("0.6x"), Recipe(layout="blockscale"), formats=("fp8", "int4:g32", "int3:g128"))
+    fp8, int4, int3 = zip(*(unit.costs for unit in result.units), strict=True)
+    assert sum(each.kl for each in fp8) < sum(each.kl for each in int4) < sum(each.kl for each in int3)
+    assert {"int4:g32", "int3:g128"} & {unit.format for unit in result.units}
+    assert result.recipe["layout"] == "blockscale"
+    recipe = written(result, tmp_path / "recipe.json")
+    report = quantize_checkpoint(llama, tmp_path / "made", recipe)
+    assert report.group_formats
+    assert tensor_bytes(tmp_path / "made") == result.chosen.nbytes
 
 
 def test_the_smallest_size_below_a_kl_or_above_an_accuracy(llama):
@@ -196,6 +186,10 @@ def test_formats_by_name():
     with pytest.raises(BlockscaleError, match="one block size"):
         candidates(("fp8", "fp8:64x64"), "deepseek", (128, 128), "float32")
     with pytest.raises(BlockscaleError, match="unknown precision"):
-        candidates(("int4",), "deepseek", (128, 128), "float32")
+        candidates(("int2",), "deepseek", (128, 128), "float32")
+    with pytest.raises(BlockscaleError, match="no place for weights of fewer than 8 bits"):
+        candidates(("fp8", "int4"), "deepseek", (128, 128), "float32")
+    low = candidates(("int4", "int4:g128", "mxfp4"), "blockscale", (128, 128), "float32")
+    assert [each.name for each in low] == ["int4:g128", "mxfp4"]
     with pytest.raises(BlockscaleError, match="nothing to choose"):
         candidates((BF16,), "deepseek", (128, 128), "float32")
