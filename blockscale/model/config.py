@@ -18,7 +18,6 @@ from typing import Any
 from blockscale.checkpoint.model_config import CONFIG_NAME, parse_config
 from blockscale.errors import BlockscaleError
 from blockscale.formats import spell_block_size
-from blockscale.group_spelling import spell_group_format
 from blockscale.model.architecture import ModelConfig, Yarn, checked_config
 from blockscale.model.model_args import MODEL_ARGS, from_deepseek, gives_precision, with_precision
 from blockscale.quantization_config import QUANTIZATION_KEYS, parse_quantization_config
@@ -250,13 +249,10 @@ def _quantization(values: Mapping[str, Any]) -> dict[str, Any]:
             got=", ".join(map(spell_block_size, quantization.block_sizes)),
             remedy="run blockscale dequantize, then quantize with one",
         )
-    for low in quantization.low:
-        raise BlockscaleError(
-            "model with weights of fewer than 8 bits cannot be run",
-            where="config.json quantization_config",
-            expected="FP8",
-            got=spell_group_format(low.fmt),
-            remedy="evaluate takes --runtime transformers; blockscale dequantize makes BF16 of it",
-        )
     fmt = quantization.fmt
-    return {"dtype": "fp8", "scale_fmt": fmt.scale_fmt, "weight_block_size": fmt.block_size}
+    return {
+        "dtype": "fp8",
+        "scale_fmt": fmt.scale_fmt,
+        "weight_block_size": fmt.block_size,
+        "low": quantization.low,
+    }

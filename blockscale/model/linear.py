@@ -18,10 +18,36 @@ import torch.nn.functional as F
 
 from blockscale import ops
 from blockscale.formats import BlockFP8, ScaleFmt
+from blockscale.reference import W4Weight
 
 Compute = Literal["fp8", "high"]
 _DEFAULT = BlockFP8()
 GROUP = 128  # of activations, and the K step of every FP8 GEMM
+
+
+@dataclass(frozen=True)
+class W4Experts:
+    """The experts of a layer with 4-bit weights (E, N, K), multiplied with FP8 activations.
+
+    Attributes:
+        weight: prepared.
+        fmt: has the scale format of activations.
+        compute: "fp8" to quantize activations, "high" to dequantize the weight instead.
+    """
+
+    weight: W4Weight
+    fmt: BlockFP8
+    compute: Compute = "fp8"
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether products run on quantized activations."""
+        return self.compute == "fp8"
+
+    @property
+    def quantizes(self) -> ScaleFmt | None:
+        """Scales of the activations that it multiplies; None if it takes activations as they are."""
+        return self.fmt.scale_fmt if self.is_fp8 else None
 
 
 @dataclass(frozen=True)

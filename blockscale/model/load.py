@@ -29,6 +29,7 @@ from blockscale.model.store import Files, Store
 from blockscale.model.transformer import Transformer
 from blockscale.model.weights import Weights
 from blockscale.ops.gemm_dispatch import has_fp8
+from blockscale.quantization_config import Quantization
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _logger = logging.getLogger(__name__)
@@ -131,15 +132,17 @@ def _weights(source: Source, settings: _Settings, ranks: Ranks) -> Weights:
         tensors = read_rank_index(source, ranks.rank, ranks.world).tensors
     else:
         tensors = _without_others(read_index(source).tensors, config, ranks)
+    fmt = BlockFP8(config.weight_block_size or (128, 128), config.scale_fmt)
     return Weights(
         Store(tensors, Files(source).bytes_of, divided=settings.divided_for is not None),
         device=ranks.device,
         dtype=settings.activations,
-        fmt=BlockFP8(config.weight_block_size or (128, 128), config.scale_fmt),
+        fmt=fmt,
         compute=settings.compute,
         on_missing_scale=settings.on_missing_scale,
         precision=config.precision,
         ranks=ranks,
+        low=Quantization("blockscale", fmt, low=config.low),
     )
 
 
@@ -175,7 +178,9 @@ def _config(
         _check_agreement(config, own, source.spec)
     config = config or own
     assert config is not None
-    return config.model_copy(update={"precision": precision.over(config.precision)})
+    # How weights are stored, the checkpoint's own config says.
+    low = own.low if own is not None else config.low
+    return config.model_copy(update={"precision": precision.over(config.precision), "low": low})
 
 
 def _own_config(source: Source) -> ModelConfig | None:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from blockscale import ops
 from blockscale.formats import ScaleFmt
 from blockscale.model.architecture import ModelConfig
-from blockscale.model.linear import GROUP, Linear
+from blockscale.model.linear import GROUP, Linear, W4Experts
 from blockscale.model.stack import Parallel
-from blockscale.model.weights import Weights
+from blockscale.model.weights import FP8, Weights
+from blockscale.reference import W4Weight, dequantize_w4
 from blockscale.reference.routing import Routing
 
 _FEW_TOKENS = 128  # up to which every expert gets room for all, and rows that count are not padded
@@ -82,8 +83,10 @@ class MoE:
         shared = None
         if count:
             shared = weights.at("shared_experts").gate_up_down(hidden, weights.share_width(count * width))
+        self._gate_up: Linear | W4Experts
+        self._down: Linear | W4Experts
         self._gate_up, self._down = weights.experts(own, hidden, width, shared if self._world == 1 else None)
-        self._first, self._experts = own.start, len(self._gate_up.weight)
+        self._first, self._experts = own.start, self._gate_up.weight.shape[0]
         together = self._experts > len(own)
         self._router = Router(config, weights, count if together else 0)
         self._shared = None if shared is None or together else MLP(*shared)
@@ -100,9 +103,13 @@ class MoE:
         Those are experts that are dequantized on the way, and on GPUs such in another dtype than BF16, of
         which `torch.nn.functional.grouped_mm` takes no other there.
         """
-        weight = self._gate_up.weight
-        stored = self._gate_up.scale is not None or self._down.scale is not None
-        return not self._is_fp8 and (stored or (weight.is_cuda and weight.dtype != torch.bfloat16))
+        if self._is_fp8:
+            return False
+        weight, other = self._gate_up.weight, self._down.weight
+        if isinstance(weight, W4Weight) or isinstance(other, W4Weight):
+            return True
+        low = FP8 in (weight.dtype, other.dtype)
+        return low or (weight.is_cuda and weight.dtype != torch.bfloat16)
 
     @property
     def _is_fp8(self) -> bool:
@@ -165,15 +172,17 @@ class MoE:
 def _masked(
     codes: torch.Tensor,
     scale: torch.Tensor | None,
-    layer: Linear,
+    layer: Linear | W4Experts,
     masked_m: torch.Tensor,
     typical: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """FP8 product of (E, Mmax, K) with the experts' weights: (E, Mmax, N) in `dtype`."""
     assert scale is not None
-    assert layer.scale is not None
     out = torch.empty(*codes.shape[:2], layer.weight.shape[1], dtype=dtype, device=codes.device)
+    if isinstance(layer, W4Experts):
+        return ops.m_grouped_w4a8_gemm_nt_masked(codes, scale, layer.weight, masked_m, typical, out=out)
+    assert layer.scale is not None
     return ops.m_grouped_fp8_gemm_nt_masked(
         codes, scale, layer.weight, layer.scale, masked_m, typical, out=out
     )
@@ -182,29 +191,38 @@ def _masked(
 def _contiguous(
     codes: torch.Tensor,
     scale: torch.Tensor | None,
-    layer: Linear,
+    layer: Linear | W4Experts,
     m_indices: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """FP8 product of rows (M, K) with their experts' weights: (M, N) in `dtype`."""
     assert scale is not None
-    assert layer.scale is not None
     out = torch.empty(codes.shape[0], layer.weight.shape[1], dtype=dtype, device=codes.device)
+    if isinstance(layer, W4Experts):
+        return ops.m_grouped_w4a8_gemm_nt_contiguous(codes, scale, layer.weight, m_indices, out=out)
+    assert layer.scale is not None
     return ops.m_grouped_fp8_gemm_nt_contiguous(codes, scale, layer.weight, layer.scale, m_indices, out=out)
 
 
-def _grouped(rows: torch.Tensor, layer: Linear, ends: torch.Tensor) -> torch.Tensor:
+def _grouped(rows: torch.Tensor, layer: Linear | W4Experts, ends: torch.Tensor) -> torch.Tensor:
     """Product (M, N) of rows (M, K), those of an expert up to its end, with weights as they are stored."""
+    assert isinstance(layer, Linear)
     return F.grouped_mm(rows, layer.weight.transpose(1, 2), offs=ends)
 
 
-def _by_expert(rows: torch.Tensor, layer: Linear, ends: torch.Tensor) -> torch.Tensor:
+def _by_expert(rows: torch.Tensor, layer: Linear | W4Experts, ends: torch.Tensor) -> torch.Tensor:
     """The same, one expert after the other, dequantized if need be; the host waits for their ends."""
     out, first = rows.new_zeros(rows.shape[0], layer.weight.shape[1]), 0
     for expert, end in enumerate(ends.tolist()):
         if end > first:
-            scale = None if layer.scale is None else layer.scale[expert]
-            one = replace(layer, weight=layer.weight[expert], scale=scale, compute="high")
-            out[first:end] = one(rows[first:end])
+            out[first:end] = F.linear(rows[first:end], _dequantized(layer, expert, rows.dtype))
         first = end
     return out
+
+
+def _dequantized(layer: Linear | W4Experts, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (N, K) of an expert."""
+    if isinstance(layer, W4Experts):
+        return dequantize_w4(layer.weight[expert], dtype)
+    scale = None if layer.scale is None else layer.scale[expert]
+    return replace(layer, weight=layer.weight[expert], scale=scale).dequantized(dtype)

@@ -37,12 +37,13 @@ class Parallel:
 def stacked(layers: Sequence[Linear]) -> Linear:
     """Layers of the same input and format as one, their outputs side by side."""
     first = layers[0]
-    scale = None if first.scale is None else _below([layer.scale for layer in layers])
-    bias = None if first.bias is None else _below([layer.bias for layer in layers])
-    return replace(first, weight=_below([layer.weight for layer in layers]), scale=scale, bias=bias)
+    scale = None if first.scale is None else below([layer.scale for layer in layers])
+    bias = None if first.bias is None else below([layer.bias for layer in layers])
+    return replace(first, weight=below([layer.weight for layer in layers]), scale=scale, bias=bias)
 
 
-def _below(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def below(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Tensors of one dtype and the same columns, one below the other."""
     parts = [each for each in tensors if each is not None]
     raw = torch.cat([_bytes(each) for each in parts])  # FP8 tensors cannot be concatenated everywhere
     return raw.view(parts[0].dtype).view(-1, *parts[0].shape[1:])

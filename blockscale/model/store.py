@@ -26,7 +26,7 @@ class Store:
         bytes_of: the bytes of an entry, on any device.
         divided: what ranks share was cut when the files were made: a tensor is this rank's part.
         read: names that were asked for.
-        formats: linear layers by the dtype of their weights, after conversion.
+        formats: linear layers by the dtype of their weights, after conversion, or by their format in groups.
         converted: how many were "quantized" or "dequantized" on the way, and why if it was not asked for.
     """
 
@@ -34,7 +34,7 @@ class Store:
     bytes_of: Callable[[TensorEntry], torch.Tensor]
     divided: bool = False
     read: set[str] = field(default_factory=set)
-    formats: Counter[torch.dtype] = field(default_factory=Counter)
+    formats: Counter[torch.dtype | str] = field(default_factory=Counter)
     converted: Counter[str] = field(default_factory=Counter)
 
 

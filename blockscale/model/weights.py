@@ -21,11 +21,13 @@ from blockscale.checkpoint.precision import AS_STORED, Precision
 from blockscale.checkpoint.strips import dtype_of
 from blockscale.errors import BlockscaleError, CorruptCheckpointError, MissingScaleError, NonFiniteError
 from blockscale.formats import BlockFP8, scale_name
-from blockscale.model.linear import Compute, Linear
+from blockscale.model import low_bits
+from blockscale.model.linear import Compute, Linear, W4Experts
 from blockscale.model.ranks import ONE, Ranks
 from blockscale.model.slices import Part, narrowed, share
 from blockscale.model.stack import Parallel, more_columns, more_rows, put, room_for, split_up, stacked
 from blockscale.model.store import Store
+from blockscale.quantization_config import Quantization
 
 FP8 = torch.float8_e4m3fn
 Size = int | Part
@@ -45,6 +47,7 @@ class Weights:
         prefix: put before every name.
         precision: that linear layers are converted to; without one they stay as stored.
         ranks: that share the model.
+        low: says which weights have fewer than 8 bits.
     """
 
     store: Store
@@ -56,6 +59,7 @@ class Weights:
     prefix: str = ""
     precision: Precision = AS_STORED
     ranks: Ranks = ONE
+    low: Quantization | None = None
 
     def at(self, name: str) -> Weights:
         """The same, for names below `name`."""
@@ -80,7 +84,7 @@ class Weights:
             CorruptCheckpointError: the checkpoint has no such tensor, or it is not of this shape.
         """
         parts = self._parts(*shape)
-        own = narrowed(self._read(name, parts), [part.indices for part in parts])
+        own = narrowed(self.read(name, parts), [part.indices for part in parts])
         return own.to(self.device, dtype or self.dtype)
 
     def linear(self, name: str, rows: Size, columns: Size) -> Linear:
@@ -129,7 +133,7 @@ class Weights:
 
     def experts(
         self, numbers: range, hidden: int, width: int, shared: tuple[Linear | Parallel, Linear] | None = None
-    ) -> tuple[Linear, Linear]:
+    ) -> tuple[Linear, Linear] | tuple[W4Experts, W4Experts]:
         """As gate_up_down of those `experts.*` that `numbers` names, with weights (E, N, K).
 
         Behind them stand the shared ones, of gate_up_down, if they come apart into experts like these.
@@ -138,6 +142,9 @@ class Weights:
             CorruptCheckpointError: experts of one layer differ in format.
         """
         first_name = f"experts.{numbers.start}"
+        group = low_bits.group_of(self, f"{first_name}.gate_proj.weight")
+        if group is not None and low_bits.stays(self, first_name, group, hidden, width):
+            return low_bits.w4_experts(self, numbers, hidden, width, group)
         first = self.at(first_name).gate_up_down(hidden, width)
         more = [] if shared is None else split_up(shared, first)
         count = len(numbers)
@@ -160,7 +167,7 @@ class Weights:
 
     def summary(self) -> str:
         """What was found, in a line: layers of each format, blocks and scales, and what nobody asked for."""
-        formats = {str(dtype).removeprefix("torch."): count for dtype, count in self.store.formats.items()}
+        formats = {str(kind).removeprefix("torch."): count for kind, count in self.store.formats.items()}
         counts = ", ".join(f"{count} in {name}" for name, count in sorted(formats.items()))
         block = "x".join(map(str, self.fmt.block_size))
         scaled = f"; FP8 blocks of {block}, {self.fmt.scale_fmt} scales" if self.has_fp8 else ""
@@ -180,7 +187,8 @@ class Weights:
     def _own(self, name: str, rows: Part, columns: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This rank's part of a weight, in the precision that it is to have, and its scale if it has one."""
         parts, sides, where = (rows, columns), self.fmt.block_size, self.prefix + name
-        weight, wanted = self._read(name, parts), self.precision.precision_of(where)
+        group, wanted = low_bits.group_of(self, name), self.precision.precision_of(where)
+        weight = self.read(name, parts) if group is None else low_bits.dequantized(self, name, group, parts)
         scale = self._scale(name, weight) if weight.dtype == FP8 else None
         if scale is None and (wanted != "fp8" or weight.dtype == FP8):
             return narrowed(weight, [part.indices for part in parts]).to(self.device), None
@@ -220,7 +228,7 @@ class Weights:
                 raise MissingScaleError(f"FP8 weight without {stored}", where=where, remedy=remedy)
             _logger.warning("%s is FP8 without a scale: its values are taken as they are", where)
             return None
-        scale = self._read(stored).float()
+        scale = self.read(stored).float()
         expected = self.fmt.scale_shape(tuple(weight.shape))
         if tuple(scale.shape) != expected:
             block = "x".join(map(str, self.fmt.block_size))
@@ -232,7 +240,12 @@ class Weights:
             )
         return scale
 
-    def _read(self, name: str, parts: tuple[Part, ...] | None = None) -> torch.Tensor:
+    def read(self, name: str, parts: tuple[Part, ...] | None = None) -> torch.Tensor:
+        """A tensor on the host, of the sizes of these parts, if they are given.
+
+        Raises:
+            CorruptCheckpointError: the checkpoint has no such tensor, or it is not of this shape.
+        """
         full = self.prefix + name
         entry = self.store.tensors.get(full)
         remedy = "does the config belong to this checkpoint?"

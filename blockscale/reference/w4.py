@@ -32,12 +32,13 @@ from typing import Literal
 import torch
 
 from blockscale.errors import BlockscaleError
-from blockscale.group_formats import MXFP4, GroupInt, group_scale_shape, packed_shape
+from blockscale.group_formats import MXFP4, GroupFormat, GroupInt, group_scale_shape, packed_shape
 from blockscale.reference import checks
 from blockscale.reference.fp4 import e2m1_value, to_e2m1
 from blockscale.reference.packing import unpack
 
 GROUP = 128
+_ALIGNMENT = 16  # what the products ask N and K to be multiples of
 _BLOCKS = GROUP // MXFP4.group_size
 _INT4_SHIFT = 2.0**9
 _HIGHEST, _UNIT = 12, 6  # the largest t, and the t at which E4M3 has the values of E2M1 as they are
@@ -70,10 +71,21 @@ class W4Weight:
         """The weight (N, K) of one expert."""
         return W4Weight(self.words[expert], self.scale[expert], self.width, self.kind)
 
+    def room_for(self, experts: int) -> W4Weight:
+        """Uninitialized, for that many weights like this one (N, K)."""
+        words, scale = (each.new_empty(experts, *each.shape) for each in (self.words, self.scale))
+        return W4Weight(words, scale, self.width, self.kind)
+
     @property
     def nbytes(self) -> int:
         """Bytes of words and scales."""
         return self.words.nbytes + self.scale.nbytes
+
+
+def multiplies(fmt: GroupFormat, hidden: int, width: int) -> bool:
+    """Whether there are W4A8 products of weights in this format, between layers of these widths."""
+    known = isinstance(fmt, MXFP4) or (isinstance(fmt, GroupInt) and (fmt.bits, fmt.group_size) == (4, GROUP))
+    return known and hidden % _ALIGNMENT == 0 and width % _ALIGNMENT == 0
 
 
 def prepare_w4(packed: torch.Tensor, scale: torch.Tensor, fmt: GroupInt | MXFP4, width: int) -> W4Weight:

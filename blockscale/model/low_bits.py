@@ -1,0 +1,101 @@
+"""Weights of fewer than 8 bits on their way from a checkpoint into a model.
+
+Routed experts in formats of which there are W4A8 products stay as they are, prepared for these; all other
+weights are dequantized as they are read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from blockscale import ops
+from blockscale.checkpoint.groups import PACKED, group_scale_name
+from blockscale.errors import CorruptCheckpointError
+from blockscale.group_formats import group_scale_shape, packed_shape
+from blockscale.group_spelling import WrittenFormat, spell_group_format
+from blockscale.model.linear import W4Experts
+from blockscale.model.slices import Part
+from blockscale.model.stack import below
+from blockscale.reference import W4Weight, prepare_w4
+from blockscale.reference.w4 import multiplies
+
+if TYPE_CHECKING:
+    from blockscale.model.weights import Weights
+
+_LEAVES = ("gate", "up", "down")
+
+
+def group_of(weights: Weights, name: str) -> WrittenFormat | None:
+    """The format of a weight of fewer than 8 bits; None of any other."""
+    entry = weights.store.tensors.get(weights.prefix + name)
+    if weights.low is None or entry is None or entry.dtype != PACKED:
+        return None
+    return weights.low.group_format_of(weights.prefix + name)
+
+
+def stays(weights: Weights, expert: str, group: WrittenFormat, hidden: int, width: int) -> bool:
+    """Whether the experts of a layer are multiplied as they are stored; `expert` is one of them."""
+    paths = (f"{weights.prefix}{expert}.{leaf}_proj.weight" for leaf in _LEAVES)
+    as_stored = all(weights.precision.precision_of(path) is None for path in paths)
+    return as_stored and multiplies(group, hidden, width)
+
+
+def w4_experts(
+    weights: Weights, numbers: range, hidden: int, width: int, group: WrittenFormat
+) -> tuple[W4Experts, W4Experts]:
+    """gate_proj above up_proj, and down_proj, of these experts, each read and prepared by itself.
+
+    Raises:
+        CorruptCheckpointError: a missing tensor, a wrong shape, or another format.
+    """
+    shapes = ((width, hidden), (width, hidden), (hidden, width))
+    made: dict[str, W4Weight] = {}
+    for place, number in enumerate(numbers):
+        own = weights.at(f"experts.{number}")
+        gate, up, down = (
+            _packed(own, f"{leaf}_proj.weight", group, shape)
+            for leaf, shape in zip(_LEAVES, shapes, strict=True)
+        )
+        gate_up = below([gate[0], up[0]]), below([gate[1], up[1]])
+        for name, (codes, scale), columns in (("gate_up", gate_up, hidden), ("down", down, width)):
+            one = prepare_w4(codes, scale, group, columns)
+            room = made.setdefault(name, one.room_for(len(numbers)))
+            room.words[place].copy_(one.words)
+            room.scale[place].copy_(one.scale)
+        weights.store.formats[spell_group_format(group)] += len(_LEAVES)
+    above, under = (W4Experts(made[name], weights.fmt, weights.compute) for name in ("gate_up", "down"))
+    return above, under
+
+
+def dequantized(weights: Weights, name: str, group: WrittenFormat, parts: tuple[Part, Part]) -> torch.Tensor:
+    """A whole weight (N, K) in the dtype of the model.
+
+    Raises:
+        CorruptCheckpointError: a missing tensor or a wrong shape.
+    """
+    rows, columns = (part.size for part in parts)
+    packed = _packed(weights, name, group, (rows, columns))
+    weights.store.converted[f"dequantized from {spell_group_format(group)}"] += 1
+    return ops.dequantize_group(*packed, group, columns, weights.dtype)
+
+
+def _packed(
+    weights: Weights, name: str, group: WrittenFormat, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a weight of this shape."""
+    found = group_of(weights, name)
+    if found != group:
+        raise CorruptCheckpointError(
+            "experts of a layer differ in format",
+            where=weights.prefix + name,
+            expected=spell_group_format(group),
+            got="another" if found is None else spell_group_format(found),
+        )
+    sizes = {name: packed_shape(shape, group), group_scale_name(name): group_scale_shape(shape, group)}
+    codes, scale = (
+        weights.read(each, tuple(Part((size,)) for size in stored)).to(weights.device)
+        for each, stored in sizes.items()
+    )
+    return codes, scale
