@@ -8,7 +8,7 @@ import torch
 from blockscale import formats
 from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8
-from blockscale.quantization_config import Quantization
+from blockscale.quantization_config import Quantization, parse_quantization_config
 from blockscale.testing.shapes import DEEPSEEK_V3
 
 SKIP = ("lm_head", "model.layers.0.mlp.gate")
@@ -109,7 +109,7 @@ def test_dtype_sizes_agree_with_torch(name):
 def test_the_deepseek_config_is_read_back_as_written(block_size, scale_fmt):
     written = Quantization("deepseek", BlockFP8(block_size, scale_fmt), SKIP)
     config = json.loads(json.dumps({"quantization_config": written.config()}))
-    assert formats.parse_quantization_config(config) == written
+    assert parse_quantization_config(config) == written
 
 
 def test_the_deepseek_config_is_the_one_of_the_official_checkpoints():
@@ -131,19 +131,19 @@ def test_a_scale_format_of_null_is_never_written():
 def test_both_keys_of_the_skip_list_are_read(key):
     entry = {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": None, key: ["b", "a"]}
     expected = Quantization("deepseek", BlockFP8(), ("a", "b"))
-    assert formats.parse_quantization_config({"quantization_config": entry}) == expected
+    assert parse_quantization_config({"quantization_config": entry}) == expected
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"quantization_config": {}}])
 def test_an_unquantized_model_has_no_quantization(config):
-    assert formats.parse_quantization_config(config) is None
+    assert parse_quantization_config(config) is None
 
 
 def test_the_compressed_tensors_config_is_read_back_and_by_its_package():
     package = pytest.importorskip("compressed_tensors.quantization")
     written = Quantization("compressed-tensors", BlockFP8((128, 128)), SKIP)
     config = json.loads(json.dumps({"quantization_config": written.config()}))
-    assert formats.parse_quantization_config(config) == written
+    assert parse_quantization_config(config) == written
 
     theirs = package.QuantizationConfig.model_validate(config["quantization_config"])
     (scheme,) = theirs.config_groups.values()
@@ -175,4 +175,4 @@ _OTHERS = {
 @pytest.mark.parametrize("message", _OTHERS)
 def test_other_quantizations_are_refused(message):
     with pytest.raises(BlockscaleError, match=message):
-        formats.parse_quantization_config({"quantization_config": _OTHERS[message]})
+        parse_quantization_config({"quantization_config": _OTHERS[message]})

@@ -24,6 +24,8 @@ LAYER = "model.layers.1."
 EXPERT, SHARED = f"{LAYER}mlp.experts.2.up_proj.weight", f"{LAYER}mlp.shared_experts.up_proj.weight"
 QUERY, DENSE = f"{LAYER}self_attn.q_b_proj.weight", "model.layers.0.mlp.up_proj.weight"
 
+SPELLINGS = "fp8 | fp8:ROWSxCOLUMNS | bf16 | int4[:g32|g64|g128][:ue8m0] | int3[...] | mxfp4"
+
 
 def _quantized(folder):
     return {name for name, tensor in data.read(folder).items() if tensor.dtype == FP8}
@@ -97,16 +99,16 @@ def test_one_over_another_counts_where_both_speak():
             "dense_mlp | shared_experts | experts | head | default, or a pattern with a dot or a wildcard)",
         ),
         (
-            {"experts": "int4"},
-            "precision experts: unknown precision (expected fp8 | fp8:ROWSxCOLUMNS | bf16, got 'int4')",
+            {"experts": "int2"},
+            f"precision experts: unknown precision (expected {SPELLINGS}, got 'int2')",
         ),
         (
             {"experts": ["fp8"]},
-            "precision experts: unknown precision (expected fp8 | fp8:ROWSxCOLUMNS | bf16, got ['fp8'])",
+            f"precision experts: unknown precision (expected {SPELLINGS}, got ['fp8'])",
         ),
         (
             ["experts"],
-            "bad precision (expected ROLE or PATTERN=fp8 | fp8:ROWSxCOLUMNS | bf16, got 'experts')",
+            f"bad precision (expected ROLE or PATTERN={SPELLINGS}, got 'experts')",
         ),
         (["experts=fp8", "experts=bf16"], "precision experts: given twice (expected one value)"),
         ("fp8", """bad precision (expected a mapping, as {"experts": "fp8"}, got 'fp8')"""),
@@ -149,7 +151,7 @@ def test_a_layer_can_be_left_out_by_a_pattern(tmp_path, source):
     plan = plan_checkpoint(source, recipe)
     quantize_checkpoint(source, tmp_path / "out", recipe)
     assert {name.split(".experts.")[0] for name in _quantized(tmp_path / "out")} == {f"{LAYER}mlp"}
-    reasons = {"set to bf16", "not set to fp8", "router", "norm", "output head", "embedding"}
+    reasons = {"set to bf16", "not named by the precision", "router", "norm", "output head", "embedding"}
     assert plan.kept.keys() == reasons | {"MTP input projection"}
 
 
@@ -253,7 +255,7 @@ def test_a_recipe_file_has_it_and_the_manifest_tells_it(tmp_path, source):
     assert manifest["options"]["precision"] == [f"{key}={value}" for key, value in entries.items()]
 
 
-@pytest.mark.parametrize("wrong", ['{"experts": "int4"}', '{"expert": "fp8"}', '"fp8"', "[1]"])
+@pytest.mark.parametrize("wrong", ['{"experts": "int2"}', '{"expert": "fp8"}', '"fp8"', "[1]"])
 def test_a_bad_precision_in_a_recipe_file(tmp_path, wrong):
     (tmp_path / "recipe.json").write_text(f'{{"precision": {wrong}}}')
     line = data.told(read_recipe, tmp_path / "recipe.json")

@@ -103,7 +103,7 @@ def test_a_stale_quantization_config(tmp_path):
     model = data.llama()
     stale = data.in_fp8(model).config
     folder = data.write(tmp_path / "bf16", data.Model(model.tensors, stale))
-    line = "error: config.json: stale quantization_config: there is no FP8 tensor"
+    line = "error: config.json: stale quantization_config: there is no quantized tensor"
     assert _problems(folder) == [line]
     assert _inspected(folder) == [line]
 

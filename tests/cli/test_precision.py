@@ -14,6 +14,8 @@ from tests import data
 GENERATE = Path(__file__).parent.parent.parent / "inference" / "generate.py"
 tiny = pytest.mark.skipif(not data.TINY_DEEPSEEK.is_dir(), reason=f"no {data.TINY_DEEPSEEK.name} here")
 
+SPELLINGS = "fp8 | fp8:ROWSxCOLUMNS | bf16 | int4[:g32|g64|g128][:ue8m0] | int3[...] | mxfp4"
+
 
 @pytest.fixture
 def source(tmp_path):
@@ -61,10 +63,10 @@ def test_a_quantized_head_is_warned_of_once(tmp_path, source, blockscale):
     ("value", "line"),
     [
         ("expert=fp8", "precision 'expert': unknown role (expected attention | dense_mlp | "),
-        ("experts", "bad precision (expected ROLE or PATTERN=fp8 | fp8:ROWSxCOLUMNS | bf16, got 'experts')"),
+        ("experts", f"bad precision (expected ROLE or PATTERN={SPELLINGS}, got 'experts')"),
         (
             "experts=fp16",
-            "precision experts: unknown precision (expected fp8 | fp8:ROWSxCOLUMNS | bf16, got 'fp16')",
+            f"precision experts: unknown precision (expected {SPELLINGS}, got 'fp16')",
         ),
         ("norm=fp8", "precision 'norm': role is never quantized and has no precision to set"),
         ("*.norm=fp8", "precision *.norm=fp8: nothing becomes FP8 by it"),
@@ -79,7 +81,7 @@ def test_a_quantized_head_is_warned_of_once(tmp_path, source, blockscale):
         ),
         (
             "experts=bf16:64x64",
-            "precision experts: unknown precision (expected fp8 | fp8:ROWSxCOLUMNS | bf16, ",
+            f"precision experts: unknown precision (expected {SPELLINGS}, ",
         ),
         ("*.q_porj=bf16", "'*.q_porj': pattern matches no tensor"),
     ],
@@ -145,7 +147,8 @@ def test_the_articles_config_answers_as_the_option_does(tmp_path, blockscale, mo
 @tiny
 def test_generate_refuses_what_cannot_be_given(blockscale):
     for value, line in (
-        ("experts=int4", "precision experts: unknown"),
+        ("experts=int2", "precision experts: unknown"),
+        ("experts=int4", "precision int4:g128: this runtime makes FP8 and BF16 as it loads"),
         ("*.gate=fp8", "precision *.gate=fp8: "),
     ):
         command = ("generate", "--ckpt-path", data.TINY_DEEPSEEK, "--interactive", "--precision", value)
