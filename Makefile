@@ -5,8 +5,8 @@
 #
 # Variables: PYTHON (the interpreter to build the environment with), VENV, PIP_FLAGS (options for every pip install,
 # say --index-url), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS, ACCURACY_FLAGS.
-# `make accuracy` also takes WIKITEXT (a file in place of the test split on the Hub), and TINY with GUTENBERG (a
-# checkpoint, and a folder with train.txt.xz and val.txt) for a second model.
+# `make accuracy` also takes WIKITEXT (a file in place of the test split on the Hub), GUTENBERG (a folder with
+# train.txt.xz and val.txt) for calibration on books, and with it TINY (a checkpoint) for a second model.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +14,8 @@ BUILD ?= build/accuracy
 WIKITEXT ?= wikitext2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+SCORE = $(BIN)/python benchmarks/bench_accuracy.py --results $(BUILD)/accuracy.jsonl
+SMOLLM2 = --model SmolLM2-135M-Instruct=$(BUILD)/smollm2 --text $(WIKITEXT) --first 32
 PINS := pyproject.toml constraints.txt
 CODE := blockscale benchmarks examples tests
 
@@ -49,12 +51,12 @@ bench: $(VENV)/.dev  ## cast rates against a plain copy; benchmarks/bench_conver
 accuracy: $(VENV)/.accuracy  ## table of the README: accuracy in FP8, plain and calibrated (a GPU helps)
 	$(BIN)/python examples/smollm2.py $(BUILD)/smollm2
 	$(BIN)/python benchmarks/wikipedia_text.py $(BUILD)/wikipedia.txt
-	$(BIN)/python benchmarks/bench_accuracy.py plain wikipedia=$(BUILD)/wikipedia.txt self=self \
-	  --model SmolLM2-135M-Instruct=$(BUILD)/smollm2 --text $(WIKITEXT) --first 32 --tokens 393216 \
-	  --results $(BUILD)/accuracy.jsonl $(ACCURACY_FLAGS)
-	@[ -z "$(TINY)" ] || $(BIN)/python benchmarks/bench_accuracy.py plain gutenberg=$(GUTENBERG)/train.txt.xz \
-	  --model tiny-deepseek-v3=$(TINY) --text $(GUTENBERG)/val.txt --context 512 --limit 160 --tokens 131072 \
-	  --results $(BUILD)/accuracy.jsonl $(ACCURACY_FLAGS)
+	$(SCORE) $(SMOLLM2) --tokens 393216 plain wikipedia=$(BUILD)/wikipedia.txt $(ACCURACY_FLAGS)
+	@[ -z "$(GUTENBERG)" ] || xz -dc $(GUTENBERG)/train.txt.xz | head -c 20000000 > $(BUILD)/gutenberg.txt
+	@[ -z "$(GUTENBERG)" ] || \
+	  $(SCORE) $(SMOLLM2) --tokens 196608 self+gutenberg=self+$(BUILD)/gutenberg.txt $(ACCURACY_FLAGS)
+	@[ -z "$(TINY)" ] || $(SCORE) --model tiny-deepseek-v3=$(TINY) --text $(GUTENBERG)/val.txt --context 512 \
+	  --limit 160 --tokens 131072 plain gutenberg=$(BUILD)/gutenberg.txt $(ACCURACY_FLAGS)
 	$(BIN)/python benchmarks/bench_accuracy.py --table --results $(BUILD)/accuracy.jsonl
 
 clean:  ## remove what was built and every cache

@@ -127,7 +127,7 @@ def _compile(job: tuple[Case, Any]) -> None:
         torch.zeros((*lead, 2, n, 16), dtype=torch.int32, device="cuda"),
         torch.zeros((*lead, 2, n), device="cuda"),
         k,
-        case.kind,  # type: ignore[arg-type]
+        case.kind,
     )
     total = case.experts * problems.SEGMENT
     a = torch.zeros((total, k), device="cuda").to(torch.float8_e4m3fn)

@@ -14,7 +14,7 @@ from blockscale.ops import w4a8_gemm
 from blockscale.ops._triton import w4a8 as dense_kernel
 from blockscale.ops._triton import w4a8_grouped as grouped_kernel
 from blockscale.reference import w4a8
-from blockscale.reference.w4 import W4Weight
+from blockscale.reference.w4 import Kind, W4Weight
 
 EXPERTS = 32
 SEGMENT = 128
@@ -29,7 +29,7 @@ class Case:
     tokens: int
     n: int
     k: int
-    kind: str
+    kind: Kind
 
     @property
     def experts(self) -> int:
@@ -50,7 +50,7 @@ class Problem:
     out: torch.Tensor
 
 
-def make_weights(n: int, k: int, kind: str) -> tuple[W4Weight, tuple[torch.Tensor, torch.Tensor]]:
+def make_weights(n: int, k: int, kind: Kind) -> tuple[W4Weight, tuple[torch.Tensor, torch.Tensor]]:
     """Random four-bit and FP8 weights of all experts."""
     generator = torch.Generator("cuda").manual_seed(0)
     groups = k // 128
@@ -66,7 +66,7 @@ def make_weights(n: int, k: int, kind: str) -> tuple[W4Weight, tuple[torch.Tenso
     codes = torch.randn((EXPERTS, n, k), device="cuda", dtype=torch.bfloat16, generator=generator)
     b = (32 * codes).to(torch.float8_e4m3fn)
     b_scale = torch.rand((EXPERTS, n // 128, groups), device="cuda", generator=generator) + 0.5
-    return W4Weight(words, scale, k, kind), (b, b_scale)  # type: ignore[arg-type]
+    return W4Weight(words, scale, k, kind), (b, b_scale)
 
 
 def make_problem(case: Case, w4: W4Weight, fp8: tuple[torch.Tensor, torch.Tensor]) -> Problem:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -117,13 +116,13 @@ def read_tensor(source: Source, entry: TensorEntry) -> torch.Tensor:
     return (torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)).view(entry.shape)
 
 
-def parameters_outside(model: nn.Module, prefix: str) -> list[str]:
+def parameters_outside(model: Any, prefix: str) -> list[str]:
     """Parameters and buffers in the checkpoint that hidden states before the layers `prefix` may depend on.
 
     Those of the output, which is the largest of the rest, are none, unless it shares them with the input.
     """
-    output: Any = model.get_output_embeddings()  # type: ignore[operator]
-    tied: Any = model.all_tied_weights_keys
+    output = model.get_output_embeddings()
+    tied = model.all_tied_weights_keys
     skipped = set() if output is None or tied else {id(each) for each in output.parameters()}
     values = model.state_dict(keep_vars=True)
     return [

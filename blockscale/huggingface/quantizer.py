@@ -16,7 +16,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,13 +52,13 @@ class BlockscaleQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
-    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight", scale_name("weight")]}
     quantization_config: BlockscaleConfig
 
     def __init__(self, quantization_config: BlockscaleConfig, **kwargs: Any) -> None:
         # The skip list of this model is written to it; the user's own object may serve others.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.failures: list[BlockscaleError] = []
+        self.serialized_names: dict[str, list[str]] = {}  # known when the model is
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a checkpoint that is not quantized, and is not to be."""
@@ -88,7 +88,7 @@ class BlockscaleQuantizer(HfQuantizer):
         # Experts are merged with their scales if the first kind of scale is that of some experts.
         fused = any(".experts." in name for name in groups)
         names = sorted((name for name, used in scales.items() if used), reverse=not fused)
-        self.serialized_names = {"weight": ["weight", *names]}  # type: ignore[misc]
+        self.serialized_names = {"weight": ["weight", *names]}
 
     def _chosen(self, tensors: dict[str, Signature], model: Any) -> dict[str, WrittenFormat | None]:
         """Tensors that are quantized, or that `blockscale quantize` would; with the format of fewer bits."""

@@ -30,7 +30,41 @@ def dense_output(
     """Check the arguments of `fp8_gemm_nt`; operands are (a, a_scale, b, b_scale). Result: (M, N)."""
     op, (a, _, b, _) = "fp8_gemm_nt", operands
     _check_operands(op, operands, ("M", "K"), ("N", "K"))
-    n = b.shape[0]
+    return dense_result(op, a, b.shape[0], bias, out_dtype, out)
+
+
+def contiguous_output(
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    m_indices: torch.Tensor,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Check the arguments of `m_grouped_fp8_gemm_nt_contiguous`. Result: (M, N)."""
+    op, (a, _, b, _) = "m_grouped_fp8_gemm_nt_contiguous", operands
+    _check_operands(op, operands, ("M", "K"), ("E", "N", "K"))
+    return contiguous_result(op, a, b.shape[1], m_indices, out)
+
+
+def masked_output(
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    masked_m: torch.Tensor,
+    expected_m: int,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Check the arguments of `m_grouped_fp8_gemm_nt_masked`. Result: (E, Mmax, N)."""
+    op, (a, _, b, _) = "m_grouped_fp8_gemm_nt_masked", operands
+    _check_operands(op, operands, ("E", "Mmax", "K"), ("E", "N", "K"))
+    return masked_result(op, a, b.shape[1], masked_m, expected_m, out)
+
+
+def dense_result(
+    op: str,
+    a: torch.Tensor,
+    n: int,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Check what a product with (N, K) takes beside its operands. Result: (M, N)."""
     if bias is not None:
         check_dtype(f"{op}: bias", bias.dtype, _BIAS_DTYPES)
         _check_plain(op, "bias", bias, (n,), a.device)
@@ -46,14 +80,10 @@ def dense_output(
     return _output(op, out, (a.shape[0], n), out_dtype, a.device)
 
 
-def contiguous_output(
-    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    m_indices: torch.Tensor,
-    out: torch.Tensor | None,
+def contiguous_result(
+    op: str, a: torch.Tensor, n: int, m_indices: torch.Tensor, out: torch.Tensor | None
 ) -> torch.Tensor:
-    """Check the arguments of `m_grouped_fp8_gemm_nt_contiguous`. Result: (M, N)."""
-    op, (a, _, b, _) = "m_grouped_fp8_gemm_nt_contiguous", operands
-    _check_operands(op, operands, ("M", "K"), ("E", "N", "K"))
+    """Check what a contiguous product takes beside its operands. Result: (M, N)."""
     m = a.shape[0]
     if m % SEGMENT:
         raise BlockscaleError(
@@ -65,18 +95,13 @@ def contiguous_output(
         )
     check_dtype(f"{op}: m_indices", m_indices.dtype, (torch.int32,))
     _check_plain(op, "m_indices", m_indices, (m,), a.device)
-    return _output(op, out, (m, b.shape[1]), torch.bfloat16, a.device)
+    return _output(op, out, (m, n), torch.bfloat16, a.device)
 
 
-def masked_output(
-    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    masked_m: torch.Tensor,
-    expected_m: int,
-    out: torch.Tensor | None,
+def masked_result(
+    op: str, a: torch.Tensor, n: int, masked_m: torch.Tensor, expected_m: int, out: torch.Tensor | None
 ) -> torch.Tensor:
-    """Check the arguments of `m_grouped_fp8_gemm_nt_masked`. Result: (E, Mmax, N)."""
-    op, (a, _, b, _) = "m_grouped_fp8_gemm_nt_masked", operands
-    _check_operands(op, operands, ("E", "Mmax", "K"), ("E", "N", "K"))
+    """Check what a masked product takes beside its operands. Result: (E, Mmax, N)."""
     experts, m_max, _ = a.shape
     check_dtype(f"{op}: masked_m", masked_m.dtype, (torch.int32,))
     _check_plain(op, "masked_m", masked_m, (experts,), a.device)
@@ -84,7 +109,7 @@ def masked_output(
         raise BlockscaleError(
             "bad value", where=f"{op}: expected_m", expected="an integer, at least 0", got=repr(expected_m)
         )
-    return _output(op, out, (experts, m_max, b.shape[1]), torch.bfloat16, a.device)
+    return _output(op, out, (experts, m_max, n), torch.bfloat16, a.device)
 
 
 def _check_operands(
@@ -95,9 +120,21 @@ def _check_operands(
 ) -> None:
     """Codes of matching sizes, each with the scale grid that belongs to it."""
     a, a_scale, b, b_scale = operands
-    _check_codes(op, "a", a, a_dims)
-    _check_codes(op, "b", b, b_dims)
+    check_codes(op, "a", a, a_dims)
+    check_codes(op, "b", b, b_dims)
+    check_device(op, "b", b, a.device)
+    check_sides(op, a, a_scale, tuple(b.shape), a_dims)
     n, k = b.shape[-2:]
+    check_dtype(f"{op}: b_scale", b_scale.dtype, (torch.float32,))
+    groups = math.ceil(k / GROUP)
+    _check_plain(op, "b_scale", b_scale, (*b.shape[:-2], math.ceil(n / GROUP), groups), a.device)
+
+
+def check_sides(
+    op: str, a: torch.Tensor, a_scale: torch.Tensor, b_shape: tuple[int, ...], a_dims: tuple[str, ...]
+) -> None:
+    """Check activations and their scales against a weight of this shape, (N, K) or (E, N, K)."""
+    n, k = b_shape[-2:]
     for name, size in (("N", n), ("K", k)):
         if size == 0 or size % _ALIGNMENT:
             raise BlockscaleError(
@@ -109,17 +146,13 @@ def _check_operands(
             )
     check_shape(f"{op}: a", tuple(a.shape), (*a.shape[:-1], k))
     if "E" in a_dims:
-        check_shape(f"{op}: a", tuple(a.shape), (b.shape[0], *a.shape[1:]))
-    groups = math.ceil(k / GROUP)
+        check_shape(f"{op}: a", tuple(a.shape), (b_shape[0], *a.shape[1:]))
     check_dtype(f"{op}: a_scale", a_scale.dtype, (torch.float32,))
-    check_shape(f"{op}: a_scale", tuple(a_scale.shape), (*a.shape[:-1], groups))
-    check_dtype(f"{op}: b_scale", b_scale.dtype, (torch.float32,))
-    _check_device(op, "b", b, a.device)
-    _check_device(op, "a_scale", a_scale, a.device)
-    _check_plain(op, "b_scale", b_scale, (*b.shape[:-2], math.ceil(n / GROUP), groups), a.device)
+    check_shape(f"{op}: a_scale", tuple(a_scale.shape), (*a.shape[:-1], math.ceil(k / GROUP)))
+    check_device(op, "a_scale", a_scale, a.device)
 
 
-def _check_codes(op: str, name: str, codes: torch.Tensor, dims: tuple[str, ...]) -> None:
+def check_codes(op: str, name: str, codes: torch.Tensor, dims: tuple[str, ...]) -> None:
     """Row-major E4M3 codes that start at an aligned address."""
     check_dtype(f"{op}: {name}", codes.dtype, (CODES,))
     if codes.dim() != len(dims):
@@ -142,7 +175,7 @@ def _check_plain(
 ) -> None:
     check_shape(f"{op}: {name}", tuple(tensor.shape), shape)
     _check_contiguous(op, name, tensor)
-    _check_device(op, name, tensor, device)
+    check_device(op, name, tensor, device)
 
 
 def _check_contiguous(op: str, name: str, tensor: torch.Tensor) -> None:
@@ -156,7 +189,8 @@ def _check_contiguous(op: str, name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _check_device(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+def check_device(op: str, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """Check that a tensor is where `a` is."""
     if tensor.device != device:
         raise BlockscaleError(
             "on another device", where=f"{op}: {name}", expected=f"{device}, like a", got=tensor.device
@@ -178,5 +212,5 @@ def _output(
             got=f"strides {list(out.stride())} for shape {list(out.shape)}",
             remedy="pass a tensor of its own and copy from it",
         )
-    _check_device(op, "out", out, device)
+    check_device(op, "out", out, device)
     return out

@@ -37,6 +37,7 @@ from blockscale.reference import checks
 from blockscale.reference.fp4 import e2m1_value, to_e2m1
 from blockscale.reference.packing import unpack
 
+Kind = Literal["int4", "mxfp4"]
 GROUP = 128
 _ALIGNMENT = 16  # what the products ask N and K to be multiples of
 _BLOCKS = GROUP // MXFP4.group_size
@@ -60,7 +61,7 @@ class W4Weight:
     words: torch.Tensor
     scale: torch.Tensor
     width: int
-    kind: Literal["int4", "mxfp4"]
+    kind: Kind
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -129,7 +130,7 @@ def prepare_w4(packed: torch.Tensor, scale: torch.Tensor, fmt: GroupInt | MXFP4,
     pairs = zip(packed.reshape(-1, *packed.shape[-2:]), scale.reshape(-1, *scale.shape[-2:]), strict=True)
     for expert, (codes, each) in enumerate(pairs):
         words[expert], scales[expert] = one(unpack(codes, 4, width), each)
-    kind: Literal["int4", "mxfp4"] = "mxfp4" if isinstance(fmt, MXFP4) else "int4"
+    kind: Kind = "mxfp4" if isinstance(fmt, MXFP4) else "int4"
     return W4Weight(words.view(*lead, groups, n, 16), scales.view(*lead, groups, n), width, kind)
 
 

@@ -47,7 +47,7 @@ _ADA = TileConfig(64, 128, 3, 4)
 
 
 @triton.jit
-def _tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def tile_of_program(tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Row and column tile of this program."""
     program = tl.program_id(0)
     in_group = GROUP_M * tiles_n
@@ -78,7 +78,7 @@ def _fp8_gemm_kernel(
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    tile_m, tile_n = _tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m0 = tile_m.to(tl.int64) * BLOCK_M
     n0 = tile_n.to(tl.int64) * BLOCK_N
     groups = tl.cdiv(K, 128)

@@ -32,7 +32,7 @@ from blockscale.ops._triton.launch import quick
 
 # Upper 56 bits of a counter. As float32 pairs it is a NaN with an odd payload, which no tensor holds by
 # chance.
-_TAG = tl.constexpr(0x7FA5C3961E2D4B)
+TAG = tl.constexpr(0x7FA5C3961E2D4B)
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class SmallMConfig:
 
 
 @triton.jit
-def _arrive(counter_ptr, word):
+def arrive(counter_ptr, word):
     """Count this program in; how many came before. `word` is what the counter was some time earlier."""
-    if (word >> 8) != _TAG:
+    if (word >> 8) != TAG:
         # Not a counter yet. Whoever comes first makes it one; the exchange of the others fails, as it should.
-        tl.atomic_cas(counter_ptr, word, _TAG << 8, sem="relaxed")
+        tl.atomic_cas(counter_ptr, word, TAG << 8, sem="relaxed")
     tl.debug_barrier()  # every thread's part of the sum is stored before this program is counted
     return (tl.atomic_add(counter_ptr, 1, sem="acq_rel") & 255).to(tl.int32)
 
@@ -136,13 +136,13 @@ def _fp8_gemm_small_m_kernel(
         used = (n < rows) & (m < tokens)
         partial_ptrs = partial_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + (m * BLOCK_N + n)
         tl.store(partial_ptrs + part * (BLOCK_N * BLOCK_M), total, mask=used)
-        if _arrive(counter_ptr, word) == SPLIT_K - 1:
+        if arrive(counter_ptr, word) == SPLIT_K - 1:
             total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for each in tl.static_range(SPLIT_K):
                 part_ptrs = partial_ptrs + each * (BLOCK_N * BLOCK_M)
                 total += tl.load(part_ptrs, mask=used, other=0.0, cache_modifier=".cg")  # L1 knows nothing
             store_transposed(out_ptr, total, bias_ptr, tokens, rows, N, BLOCK_M, BLOCK_N)
-            tl.store(counter_ptr, _TAG << 8)
+            tl.store(counter_ptr, TAG << 8)
 
 
 def choose_config(m: int, n: int, k: int, processors: int) -> SmallMConfig:

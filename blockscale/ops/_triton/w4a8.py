@@ -21,8 +21,8 @@ import triton.language as tl
 
 from blockscale.ops._triton import device
 from blockscale.ops._triton.device import cdiv, next_power_of_2
-from blockscale.ops._triton.gemm import _tile_of_program
-from blockscale.ops._triton.gemm_small_m import _TAG, _arrive, store_transposed
+from blockscale.ops._triton.gemm import tile_of_program
+from blockscale.ops._triton.gemm_small_m import TAG, arrive, store_transposed
 from blockscale.ops._triton.launch import quick
 from blockscale.ops._triton.w4a8_weights import reads_whole_tiles, tokens_times_w4
 from blockscale.reference.w4 import W4Weight
@@ -68,7 +68,7 @@ def _w4a8_gemm_kernel(
     STAGES: tl.constexpr,
 ):
     tiles_n = tl.cdiv(N, BLOCK_N)
-    tile_m, tile_n = _tile_of_program(tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
+    tile_m, tile_n = tile_of_program(tl.cdiv(M, BLOCK_M), tiles_n, GROUP_M)
     part = tl.program_id(1)
     m0 = tile_m.to(tl.int64) * BLOCK_M
     n0 = tile_n.to(tl.int64) * BLOCK_N
@@ -110,13 +110,13 @@ def _w4a8_gemm_kernel(
         used = (n < rows) & (m < tokens)
         partial_ptrs = partial_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M) + (m * BLOCK_N + n)
         tl.store(partial_ptrs + part * (BLOCK_N * BLOCK_M), total, mask=used)
-        if _arrive(counter_ptr, word) == SPLIT_K - 1:
+        if arrive(counter_ptr, word) == SPLIT_K - 1:
             total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for each in tl.static_range(SPLIT_K):
                 part_ptrs = partial_ptrs + each * (BLOCK_N * BLOCK_M)
                 total += tl.load(part_ptrs, mask=used, other=0.0, cache_modifier=".cg")  # L1 knows nothing
             store_transposed(out_ptr, total, bias_ptr, tokens, rows, N, BLOCK_M, BLOCK_N)
-            tl.store(counter_ptr, _TAG << 8)
+            tl.store(counter_ptr, TAG << 8)
 
 
 def choose_config(m: int, n: int, k: int, processors: int) -> W4Config:

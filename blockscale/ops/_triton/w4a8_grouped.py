@@ -21,7 +21,7 @@ import triton.language as tl
 
 from blockscale.ops._triton import device
 from blockscale.ops._triton.device import cdiv, next_power_of_2
-from blockscale.ops._triton.gemm import _tile_of_program
+from blockscale.ops._triton.gemm import tile_of_program
 from blockscale.ops._triton.gemm_small_m import store_transposed
 from blockscale.ops._triton.launch import quick
 from blockscale.ops._triton.w4a8_weights import reads_whole_tiles, tokens_times_w4
@@ -121,7 +121,7 @@ def _m_grouped_w4a8_gemm_contiguous_kernel(
     WHOLE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    tile_m, tile_n = _tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m0 = tile_m.to(tl.int64) * BLOCK_M
     n0 = tile_n.to(tl.int64) * BLOCK_N
     row = tl.arange(0, BLOCK_M)
