@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from blockscale import ops
 from blockscale.calibrate.activations import quantized_inputs
+from blockscale.calibrate.formats import Rounding, round_plainly, values_of
 from blockscale.calibrate.hessian import add_tokens, no_moments
-from blockscale.calibrate.rounding import Rounding, Search, round_weight
+from blockscale.calibrate.rounding import Search, round_weight
 from blockscale.calibrate.stations import Wanted
 from blockscale.huggingface.modules import EXPERT_WEIGHTS, GATE, through_experts
 
@@ -58,7 +58,7 @@ def round_experts(
         for name in EXPERT_WEIGHTS:
             before, weight = getattr(original, name)[expert], getattr(module, name)[expert]
             if name in wanted:
-                y = quantized_inputs(y, wanted[name].fmt)
+                y = quantized_inputs(y, wanted[name].inputs)
                 for part, rounding in enumerate(_round(weight, x, y, wanted[name], search)):
                     found[name, expert, part] = rounding
             x, y = nn.functional.linear(x, before), nn.functional.linear(y, weight)
@@ -89,7 +89,7 @@ class RoundedExperts(nn.Module):
 
         def compute(expert: int, y: torch.Tensor) -> torch.Tensor:
             for name in EXPERT_WEIGHTS:
-                y = quantized_inputs(y, self._wanted[name].fmt) if name in self._wanted else y
+                y = quantized_inputs(y, self._wanted[name].inputs) if name in self._wanted else y
                 y = nn.functional.linear(y, getattr(self.experts, name)[expert])
                 y = getattr(self.experts, GATE)(y) if name == EXPERT_WEIGHTS[0] else y
             return y
@@ -115,9 +115,9 @@ def _round(
     found = []
     for part in weight.chunk(wanted.parts):
         if moments is None:
-            rounding = Rounding(*ops.quantize_weight(part.contiguous(), fmt.block_size, fmt.scale_fmt))
+            rounding = round_plainly(part, fmt)
         else:
             rounding = round_weight(part, moments, fmt, search)
-        part.copy_(ops.dequantize_weight(*rounding, fmt.block_size, torch.float32))
+        part.copy_(values_of(rounding, fmt, width))
         found.append(rounding)
     return found

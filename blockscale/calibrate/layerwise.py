@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from blockscale import ops
 from blockscale.calibrate.activations import quantized_inputs
 from blockscale.calibrate.experts import Call, RoundedExperts, count_tokens, round_experts
+from blockscale.calibrate.formats import Rounding, values_of
 from blockscale.calibrate.hessian import add_tokens, no_moments
-from blockscale.calibrate.rounding import Rounding, Search, round_weight
+from blockscale.calibrate.rounding import Search, round_weight
 from blockscale.calibrate.stations import (
     Chunk,
     Wanted,
@@ -153,17 +153,17 @@ def _round_linears(
     station: _Station, chunks: Sequence[Chunk], wanted: Mapping[str, Wanted], search: Search | None
 ) -> Roundings:
     """Round linear layers that are given the same tensor."""
-    layer, fmt = station.layer, next(iter(wanted.values())).fmt
+    layer, inputs = station.layer, next(iter(wanted.values())).inputs
     weight = layer.get_parameter(next(iter(wanted)))
     moments = no_moments(weight.shape[1], weight.device)
     for chunk in chunks:
         (x, *_), (y, *_) = station.inputs(chunk)
-        moments = add_tokens(moments, x, quantized_inputs(y, fmt))
+        moments = add_tokens(moments, x, quantized_inputs(y, inputs))
     found: Roundings = {}
-    for name in wanted:
+    for name, each in wanted.items():
         weight = layer.get_parameter(name)
-        rounding = found[Place(name)] = round_weight(weight, moments, fmt, search)
-        weight.copy_(ops.dequantize_weight(*rounding, fmt.block_size, torch.float32))
+        rounding = found[Place(name)] = round_weight(weight, moments, each.fmt, search)
+        weight.copy_(values_of(rounding, each.fmt, weight.shape[1]))
     return found
 
 
@@ -188,8 +188,8 @@ def _put(layer: nn.Module, wanted: Mapping[str, Wanted], roundings: Roundings) -
         if place.parameter in wanted:
             each, weight = wanted[place.parameter], layer.get_parameter(place.parameter)
             part = weight if place.expert is None else weight[place.expert].chunk(each.parts)[place.part]
-            made = (rounding.codes.to(weight.device), rounding.scale.to(weight.device))
-            part.copy_(ops.dequantize_weight(*made, each.fmt.block_size, torch.float32))
+            made = Rounding(rounding.codes.to(weight.device), rounding.scale.to(weight.device))
+            part.copy_(values_of(made, each.fmt, part.shape[1]))
 
 
 @contextmanager
@@ -201,10 +201,10 @@ def _quantizing(layer: nn.Module) -> Iterator[Callable[[Sequence[str], Mapping[s
         for path in paths:
             module = layer.get_submodule(path)
             if isinstance(module, nn.Linear):
-                fmt = wanted[f"{path}.weight"].fmt
+                inputs = wanted[f"{path}.weight"].inputs
                 hooks.append(
                     module.register_forward_pre_hook(
-                        lambda _, inputs, fmt=fmt: (quantized_inputs(inputs[0], fmt),)
+                        lambda _, x, inputs=inputs: (quantized_inputs(x[0], inputs),)
                     )
                 )
             else:

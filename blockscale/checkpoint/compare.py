@@ -11,8 +11,9 @@ A code that is one too high or low is beyond it.
 
 Weights that a rounder has rounded (`rounded`) may be several steps away from the source in every value, for
 what one value loses others make up for. Of them the relative error |dequantized - x| / |x| (Frobenius) is
-bounded, by 0.4: rounding to the nearest code leaves 0.026 and calibrated rounding 0.03 to 0.1. It may also
-make up for inputs that other layers have changed: noise half as large as the inputs costs up to 0.23 in all.
+bounded, in FP8 by 0.4: rounding to the nearest code leaves 0.026 and calibrated rounding 0.03 to 0.1. It may
+also make up for inputs that other layers have changed: noise half as large as the inputs costs up to 0.23 in
+all. Of fewer bits more is left: up to 0.28 of 4 bits and 0.54 of 3 bits was seen, bounded by 0.6 and 0.8.
 Scales that are all off by a factor of two cost 0.5 or 1, another weight's codes 1.4.
 What is smaller than that in a single block, `diagnose` finds, and a changed code the checksums.
 """
@@ -47,8 +48,8 @@ from blockscale.quantization_config import Quantization, parse_quantization_conf
 
 # Two float32 roundings (division, product), each up to 2**-19 of the half step, on top of it.
 _ROUNDING_SLACK = 1 + 2.0**-17
-# Relative error of a weight that a rounder has rounded; beyond it something is wrong.
-_CALIBRATED_BOUND = 0.4
+# Relative error of a weight that a rounder has rounded, by its bits; beyond it something is wrong.
+_CALIBRATED_BOUND = {8: 0.4, 4: 0.6, 3: 0.8}
 _EXPONENT_BITS = 0x7F800000
 
 
@@ -154,8 +155,10 @@ def _compare_quantized(
 def _judge(entry: TensorEntry, side: Side, found: Deviation) -> tuple[str | None, TensorError | None]:
     message, relative, worst = None, found.relative, found.worst
     if entry.name in side.calibrated:
-        if not relative <= _CALIBRATED_BOUND:
-            limit = f"a calibrated weight has at most {_CALIBRATED_BOUND:.0%}"
+        bits = side.low[entry.name].bits if entry.name in side.low else 8
+        bound = _CALIBRATED_BOUND[bits]
+        if not relative <= bound:
+            limit = f"a calibrated weight of {bits} bits has at most {bound:.0%}"
             message = f"is not the source: relative error {relative:.1%}, {limit}"
     elif not worst <= _ROUNDING_SLACK:
         place = list(found.at[-len(entry.shape) :])

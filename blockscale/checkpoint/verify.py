@@ -46,7 +46,7 @@ class Verification:
         checksums: how many matched the manifest; None without a manifest.
         compared: how many were compared with the source; None without one.
         errors: per FP8 weight compared, worst first.
-        calibrated: how many FP8 weights were rounded by calibration, as the manifest says.
+        calibrated: how many weights were rounded by calibration, as the manifest says.
         problems: empty if all is well.
     """
 
