@@ -7,16 +7,18 @@ are multiplied with. It leaves safetensors files in a folder of the run, of any 
     <name>_scale_inv    float32, its scale grid
 
 whatever the layout of the result, and the converter takes codes and scales over as they are, strip by strip.
-Beside them `experts.json` may tell how many tokens the experts of a mixture were calibrated on.
+Beside them `experts.json` may tell how many tokens the experts of a mixture were calibrated on, and
+`inputs.json` the largest absolute value that each weight was multiplied with: {weight name: amax}.
 The folder stays where a run is interrupted and goes away with the commit.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,6 +38,7 @@ from blockscale.reference import is_power_of_two
 CALIBRATION_KEY, CALIBRATED_KEY = "calibration", "calibrated"
 # In the manifest, too: what `experts.json` says.
 EXPERTS_KEY, EXPERTS_NAME = "calibrated_experts", "experts.json"
+INPUTS_NAME = "inputs.json"
 _REMEDY = "remove the file and run the same command again"
 
 
@@ -100,11 +103,13 @@ class Rounded:
         folder: of the files.
         weights: name -> codes and scale.
         experts: of every layer that has some and of which the rounder tells.
+        input_amax: weight -> the largest absolute value of its input, of those of which the rounder tells.
     """
 
     folder: Source
     weights: Mapping[str, RoundedWeight]
     experts: tuple[ExpertTokens, ...] = ()
+    input_amax: Mapping[str, float] = field(default_factory=dict)
 
     def path(self, entry: TensorEntry) -> Path:
         """The file that holds an entry."""
@@ -189,7 +194,7 @@ def read_rounded(
             )
         elif scales.get(name) not in entries:
             raise rounded.refusal("is not of a rounded weight", entry, "weights that become FP8, and scales")
-    return replace(rounded, weights=weights, experts=read_experts(folder))
+    return replace(rounded, weights=weights, experts=read_experts(folder), input_amax=read_inputs(folder))
 
 
 def read_experts(folder: Path) -> tuple[ExpertTokens, ...]:
@@ -207,6 +212,27 @@ def read_experts(folder: Path) -> tuple[ExpertTokens, ...]:
         )
     except (ValueError, TypeError, KeyError) as error:
         raise CorruptCheckpointError("cannot be used", where=file, got=str(error), remedy=_REMEDY) from error
+
+
+def read_inputs(folder: Path) -> dict[str, float]:
+    """What a rounder tells of inputs: weight -> amax; nothing where there is no `inputs.json`.
+
+    Raises:
+        CorruptCheckpointError: it is no object of finite numbers that are not negative.
+    """
+    file = folder / INPUTS_NAME
+    if not file.exists():
+        return {}
+    try:
+        found = {str(name): float(amax) for name, amax in json.loads(file.read_bytes()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError("cannot be used", where=file, got=str(error), remedy=_REMEDY) from error
+    for name, amax in found.items():
+        if not (math.isfinite(amax) and amax >= 0):
+            raise CorruptCheckpointError(
+                "cannot be used", where=file, got=f"{amax} of {name}", remedy=_REMEDY
+            )
+    return found
 
 
 def add_experts(folder: Path, found: ExpertTokens) -> None:
