@@ -128,9 +128,9 @@ def decide_quantize(
     decisions |= {name: replace(decisions[name], block_size=size) for name, size in sizes.items()}
     decisions |= {name: replace(decisions[name], group=group) for name, group in groups.items()}
     declared = declare(sizes, groups, recipe, skip)
-    check_groups(groups, tensors, family, recipe.layout)
     if recipe.layout == "w4afp8":
         check_experts(groups, quantized, kept)
+    check_groups(groups, tensors, family, recipe.layout)
     return Decisions(decisions, skip, (*warnings, *told), declared)
 
 

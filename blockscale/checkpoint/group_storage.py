@@ -1,4 +1,4 @@
-"""How a layout stores a weight of fewer than 8 bits: names, dtypes and shapes of its tensors, their bytes.
+"""How a layout stores a weight of fewer than 8 bits: names, dtypes, shapes and bytes of its tensors.
 
 Our codes and scales (`group_formats`) are what every layout is made of and read back as. Of a weight X (N, K)
 or, in our own layout alone, (E, N, K) there are on disk, all lossless:

@@ -77,7 +77,7 @@ def check_groups(
                 where=name,
                 expected=f"a multiple of {fmt.group_size} inputs",
                 got=shape[-1],
-                remedy="use --layout blockscale, or smaller groups",
+                remedy="use --layout blockscale",
             )
 
 
