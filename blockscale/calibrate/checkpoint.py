@@ -27,7 +27,7 @@ from blockscale.calibrate.rounding import Search
 from blockscale.calibrate.stations import Chunk, Wanted, decoder_layers, first_chunks
 from blockscale.calibrate.text import Calibration, save_whole
 from blockscale.checkpoint.progress import Progress
-from blockscale.checkpoint.rounded import ExpertTokens, add_experts, scale_of_rounded
+from blockscale.checkpoint.rounded import ExpertTokens, add_experts, add_inputs, scale_of_rounded
 from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.formats import ScaleFmt
@@ -91,13 +91,14 @@ class CalibratedRounder:
             known = _read(file, mine, weights) if file.exists() else None
             wanted = {name: _wanted(weights, each, scale_fmt) for name, each in mine.items()}
             layer = _taken_out(partial, layers, prefix, number)
-            found, tokens = round_layer(layer.to(self._device).float(), chunks, wanted, self._search, known)
+            made = round_layer(layer.to(self._device).float(), chunks, wanted, self._search, known)
             size, needed = _layer_bytes(layer, mine), _inputs(layer, mine)
             del layer  # before the next one is read
-            if known is None and found:
-                for path, counts in tokens.items():
+            if known is None and made.roundings:
+                for path, counts in made.tokens.items():
                     add_experts(folder, _told(number, counts, needed[path]))
-                _write(file, found, mine, weights)
+                add_inputs(folder, _inputs_of_sources(made.amax, mine))
+                _write(file, made.roundings, mine, weights)
             progress.advance(size, len(mine))
 
     def _chunks(self, partial: PartialModel, layers: nn.ModuleList, prefix: str, folder: Path) -> list[Chunk]:
@@ -220,6 +221,20 @@ def _inputs(layer: nn.Module, targets: Mapping[str, Target]) -> dict[str, int]:
         path = name.rpartition(".")[0]
         widths[path] = max(widths.get(path, 0), layer.get_parameter(name).shape[-1])
     return widths
+
+
+def _inputs_of_sources(
+    amax: Mapping[tuple[str, int], float], targets: Mapping[str, Target]
+) -> dict[str, float]:
+    """Tensors of the checkpoint that hold experts -> the largest absolute value of their inputs."""
+    found: dict[str, float] = {}
+    for (name, expert), value in amax.items():
+        target = targets[name]
+        merged = len(target.sources) == 1  # one tensor holds all experts
+        parts = slice(0, 1) if merged else slice(expert * target.parts, (expert + 1) * target.parts)
+        for source in target.sources[parts]:
+            found[source] = max(found.get(source, 0.0), value)
+    return found
 
 
 def _told(layer: int, tokens: tuple[int, ...], needed: int) -> ExpertTokens:

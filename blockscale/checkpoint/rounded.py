@@ -6,28 +6,30 @@ are multiplied with. It leaves safetensors files in a folder of the run, of any 
     <name>              float8_e4m3fn (N, K) or (E, N, K), the shape of the weight
     <name>_scale_inv    float32, its scale grid
 
-or, for a format below 8 bits,
+or, for a format below 8 bits, as our own layout has it,
 
     <name>              uint8, its packed codes
-    <name>_scale        its scales, in the format's dtype
+    <name>_scale        its scales, BF16 or E8M0
 
 whatever the layout of the result, and the converter takes codes and scales over as they are, strip by strip.
-Beside them `experts.json` may tell how many tokens the experts of a mixture were calibrated on.
+Beside them `experts.json` may tell how many tokens the experts of a mixture were calibrated on, and
+`inputs.json` the largest absolute value that each weight was multiplied with: {weight name: amax}.
 The folder stays where a run is interrupted and goes away with the commit.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from blockscale.checkpoint.decide import FP8
-from blockscale.checkpoint.groups import group_scale_name, stored_shapes
+from blockscale.checkpoint.group_storage import group_scale_name, group_storage
 from blockscale.checkpoint.index import TensorEntry, parse_object, read_header
 from blockscale.checkpoint.plan import MANIFEST_NAME, ConversionPlan
 from blockscale.checkpoint.progress import Progress
@@ -44,6 +46,7 @@ from blockscale.reference import is_power_of_two
 CALIBRATION_KEY, CALIBRATED_KEY = "calibration", "calibrated"
 # In the manifest, too: what `experts.json` says.
 EXPERTS_KEY, EXPERTS_NAME = "calibrated_experts", "experts.json"
+INPUTS_NAME = "inputs.json"
 # What a weight becomes.
 QuantizedFormat = BlockFP8 | WrittenFormat
 _REMEDY = "remove the file and run the same command again"
@@ -113,11 +116,13 @@ class Rounded:
         folder: of the files.
         weights: name -> codes and scale.
         experts: of every layer that has some and of which the rounder tells.
+        input_amax: weight -> the largest absolute value of its input, of those of which the rounder tells.
     """
 
     folder: Source
     weights: Mapping[str, RoundedWeight]
     experts: tuple[ExpertTokens, ...] = ()
+    input_amax: Mapping[str, float] = field(default_factory=dict)
 
     def path(self, entry: TensorEntry) -> Path:
         """The file that holds an entry."""
@@ -190,7 +195,7 @@ def read_rounded(
             weights[name] = _checked(rounded, entry, scale, formats[name], shapes[name])
         elif scales.get(name) not in entries:
             raise rounded.refusal("is not of a rounded weight", entry, "quantized weights, and scales")
-    return replace(rounded, weights=weights, experts=read_experts(folder))
+    return replace(rounded, weights=weights, experts=read_experts(folder), input_amax=read_inputs(folder))
 
 
 def scale_of_rounded(name: str, fmt: QuantizedFormat) -> str:
@@ -215,13 +220,45 @@ def read_experts(folder: Path) -> tuple[ExpertTokens, ...]:
         raise CorruptCheckpointError("cannot be used", where=file, got=str(error), remedy=_REMEDY) from error
 
 
+def read_inputs(folder: Path) -> dict[str, float]:
+    """What a rounder tells of inputs: weight -> amax; nothing where there is no `inputs.json`.
+
+    Raises:
+        CorruptCheckpointError: it is no object of finite numbers that are not negative.
+    """
+    file = folder / INPUTS_NAME
+    if not file.exists():
+        return {}
+    try:
+        found = {str(name): float(amax) for name, amax in json.loads(file.read_bytes()).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError("cannot be used", where=file, got=str(error), remedy=_REMEDY) from error
+    for name, amax in found.items():
+        if not (math.isfinite(amax) and amax >= 0):
+            raise CorruptCheckpointError(
+                "cannot be used", where=file, got=f"{amax} of {name}", remedy=_REMEDY
+            )
+    return found
+
+
+def add_inputs(folder: Path, found: Mapping[str, float]) -> None:
+    """Tell of the inputs of more weights: name -> amax."""
+    if found:
+        _write_whole(folder / INPUTS_NAME, read_inputs(folder) | dict(found))
+
+
 def add_experts(folder: Path, found: ExpertTokens) -> None:
     """Tell of the experts of one more layer, in place of what was told of it before."""
     others = [each for each in read_experts(folder) if each.layer != found.layer]
     records = [asdict(each) for each in sorted([*others, found], key=lambda each: each.layer)]
-    file, unfinished = folder / EXPERTS_NAME, folder / f".{EXPERTS_NAME}.part"
+    _write_whole(folder / EXPERTS_NAME, records)
+
+
+def _write_whole(file: Path, content: object) -> None:
+    """All of it as JSON, or the file as it was."""
+    unfinished = file.with_name(f".{file.name}.part")
     with io_errors(file):
-        unfinished.write_text(json.dumps(records))
+        unfinished.write_text(json.dumps(content))
         unfinished.replace(file)
 
 
@@ -289,7 +326,7 @@ def _stored(fmt: QuantizedFormat, shape: tuple[int, ...]) -> tuple[Signature, Si
     """Dtype and shape of codes and scale of a weight of this shape."""
     if isinstance(fmt, BlockFP8):
         return (FP8, shape), ("F32", fmt.scale_shape(shape))
-    return stored_shapes(fmt, shape)
+    return group_storage("blockscale", fmt).signatures(shape)
 
 
 def _spelled(signature: Signature) -> str:

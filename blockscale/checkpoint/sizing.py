@@ -10,7 +10,7 @@ from blockscale.checkpoint.block_choice import BlockChoice, Chosen
 from blockscale.checkpoint.block_measure import choose_blocks
 from blockscale.checkpoint.decide import FP8, Decisions, Signature, decide_quantize
 from blockscale.checkpoint.families import Family, family_of, mtp_prefixes
-from blockscale.checkpoint.groups import stored_shapes
+from blockscale.checkpoint.group_storage import group_storage
 from blockscale.checkpoint.index import read_index
 from blockscale.checkpoint.model_config import parse_config, read_config, without_quantization
 from blockscale.checkpoint.names import role_of
@@ -165,7 +165,8 @@ def plan_checkpoint(
 def _quantized_bytes(decisions: Decisions, name: str, shape: tuple[int, ...], family: Family) -> int:
     group = decisions.by_name[name].group
     if group is not None:
-        return sum(tensor_nbytes(*each) for each in stored_shapes(group, shape))
+        assert decisions.quantization is not None
+        return group_storage(decisions.quantization.layout, group).nbytes(name, shape)
     grid = scale_shape(shape, decisions.stored_block_size(name, shape, family))
     return tensor_nbytes(FP8, shape) + tensor_nbytes("F32", grid)
 

@@ -74,6 +74,7 @@ class LayoutChoice(str, Enum):
 
     deepseek = "deepseek"
     compressed_tensors = "compressed-tensors"
+    w4afp8 = "w4afp8"
     blockscale = "blockscale"
 
 

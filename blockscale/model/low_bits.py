@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockscale import ops
-from blockscale.checkpoint.groups import PACKED, group_scale_name
+from blockscale.checkpoint.group_storage import PACKED, group_scale_name
 from blockscale.errors import CorruptCheckpointError
 from blockscale.group_formats import group_scale_shape, packed_shape
 from blockscale.group_spelling import WrittenFormat, spell_group_format

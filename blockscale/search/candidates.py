@@ -15,7 +15,7 @@ from torch import nn
 
 from blockscale.checkpoint.decide import FP8
 from blockscale.checkpoint.families import Family, stored_block_size
-from blockscale.checkpoint.groups import stored_shapes
+from blockscale.checkpoint.group_storage import group_storage
 from blockscale.checkpoint.precision import WeightFormat, parse_weight_format
 from blockscale.errors import BlockscaleError
 from blockscale.formats import (
@@ -71,7 +71,7 @@ def in_groups(group: WrittenFormat, fmt: BlockFP8) -> Candidate:
     """Fewer than 8 bits, with activations in FP8 of the scale format of `fmt`."""
 
     def nbytes(shape: tuple[int, ...], _: Family) -> int:
-        return sum(tensor_nbytes(*each) for each in stored_shapes(group, shape))
+        return group_storage("blockscale", group).nbytes("", shape)
 
     return Candidate(spell_group_format(group), nbytes, partial(_quantized_module, fmt=fmt, group=group))
 

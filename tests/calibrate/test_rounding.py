@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from blockscale import reference
+from blockscale.calibrate.formats import plain_points, values_of_points
 from blockscale.calibrate.hessian import (
     DAMPING,
     Moments,
@@ -11,10 +12,9 @@ from blockscale.calibrate.hessian import (
     output_error,
     target_weight,
 )
-from blockscale.calibrate.formats import plain_points, values_of_points
 from blockscale.calibrate.rounding import Search, _rescaled, inverse_factor, round_weight
-from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.checkpoint.rounded import QuantizedFormat
+from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.formats import BlockFP8, ScaleFmt
 from blockscale.group_formats import MXFP4, GroupInt
 from blockscale.group_spelling import spell_group_format
