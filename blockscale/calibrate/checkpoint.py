@@ -153,21 +153,8 @@ def _targets_of_layers(
 
 
 def _wanted(weights: Mapping[str, QuantizedFormat], target: Target, scale_fmt: ScaleFmt) -> Wanted:
-    """How a parameter is to be rounded.
-
-    Raises:
-        BlockscaleError: experts of a layer are to have different formats.
-    """
+    """How a parameter is to be rounded; a plan has one format for all that it is made of."""
     fmt = weights[target.sources[0]]
-    odd = next((name for name in target.sources if weights[name] != fmt), None)
-    if odd is not None:
-        raise BlockscaleError(
-            "experts of a layer are calibrated in one format",
-            where=odd,
-            expected=f"{fmt}, as {target.sources[0]}",
-            got=weights[odd],
-            remedy="name one format for all of them, or leave out --calibrate",
-        )
     return Wanted(fmt, inputs_of_format(fmt, scale_fmt), target.parts)
 
 
