@@ -149,9 +149,10 @@ def table(file: Path) -> Iterator[str]:
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         newest[tuple(str(record[key]) for key in ("model", "format", "rounding"))] = record
+    models = list(dict.fromkeys(record["model"] for record in newest.values()))
     yield "| model | weights | MB | perplexity | ratio to BF16 | KL, nats | same top token |"
     yield "|---|---|---:|---:|---:|---:|---:|"
-    for record in newest.values():
+    for record in sorted(newest.values(), key=lambda each: models.index(each["model"])):
         kind, scores = "BF16", record["windows"]["all"]
         if record["format"] is not None:
             how = PLAIN if record["rounding"] == PLAIN else f"calibrated on {record['rounding']}"
