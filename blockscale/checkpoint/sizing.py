@@ -119,7 +119,7 @@ def plan_checkpoint(
             or one alone where block sizes are to be chosen by the values of the weights.
     """
     recipe, parallelism = recipe or Recipe(), parallelism or Parallelism()
-    config, tensors, label, source = _read(src, revision)
+    config, tensors, label, source = read_shapes(src, revision)
     choice = _choice(source, recipe, progress)
     decisions = decide_quantize(tensors, config, recipe, chosen=None if choice is None else choice.sizes)
     family, prefixes = family_of(config), mtp_prefixes(config)
@@ -184,9 +184,10 @@ def _choice(source: Source | None, recipe: Recipe, progress: Progress | None) ->
     return choose_blocks(plan_quantize(source, recipe), source, recipe, progress=progress)
 
 
-def _read(
-    src: str | os.PathLike[str] | dict[str, Any], revision: str | None
+def read_shapes(
+    src: str | os.PathLike[str] | dict[str, Any], revision: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Signature], str, Source | None]:
+    """config, name -> (dtype, shape), what to call it, and the checkpoint, if it is more than a config."""
     # A bare config plans the model it describes; DeepSeek publishes only the one of its FP8 checkpoint.
     if isinstance(src, dict):
         config, label = without_quantization(src), "config"

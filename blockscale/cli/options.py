@@ -42,8 +42,9 @@ RecipeFile = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="fp8, w4a8 or mxfp4a8 (experts in 4 bits, the rest FP8), or a JSON file with scale_fmt, "
-        "block_size, layout, include, exclude, precision.",
+        help="fp8, w4a8 or mxfp4a8 (experts in 4 bits, the rest FP8), budget:SIZE (8, 4 and 3 bits, so that "
+        "all is at most that large: 340GB, 0.25x), or a JSON file with scale_fmt, block_size, layout, "
+        "include, exclude, precision.",
     ),
 ]
 
