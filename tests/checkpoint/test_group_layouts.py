@@ -97,11 +97,12 @@ def test_w4afp8_as_sglang_has_it(tmp_path, source):
 
 
 def test_an_input_scale_is_what_brings_the_largest_input_to_448():
-    # 448 * 2**-7 is 3.5; 3.6 is rounded up to a BF16 value, so that the input does not saturate.
+    # 448 * 2**-7 is 3.5. What is no BF16 value is rounded up, so that the input does not saturate.
     assert companion("x.input_scale", (1, 1), 3.5).tolist() == [2.0**-7]
-    scale = companion("x.input_scale", (1, 1), 3.6)
-    assert scale.dtype == torch.bfloat16
-    assert 3.6 / 448 <= scale.item() <= 3.6 / 448 * (1 + 2**-7)
+    for amax in (3.51, 3.52, 3.53, 3.6, 3.7):
+        scale = companion("x.input_scale", (1, 1), amax)
+        assert scale.dtype == torch.bfloat16
+        assert amax / 448 <= scale.item() <= amax / 448 * (1 + 2**-7)
 
 
 def test_input_scales_of_a_calibration_are_written(tmp_path, source):
