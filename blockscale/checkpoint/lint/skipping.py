@@ -26,10 +26,12 @@ def skip_entries(engine: Engine, entry: dict[str, Any]) -> tuple[str, ...]:
         return _strings(entry.get("ignore"))
     if engine == "sglang" and method == "w4afp8":
         return ()
-    first, second = "ignored_layers", "modules_to_not_convert"
-    if engine == "transformers":
-        first, second = second, first
-    return _strings(entry.get(first)) or _strings(entry.get(second))
+    ignored, kept = entry.get("ignored_layers"), entry.get("modules_to_not_convert")
+    if engine != "transformers":
+        return _strings(ignored) or _strings(kept)
+    found = ignored if kept is None else kept
+    # Where nothing is said it leaves the output head alone, but not where there is a list without it.
+    return ("lm_head",) if found is None else _strings(found)
 
 
 def matcher(engine: Engine, method: object) -> Match:
