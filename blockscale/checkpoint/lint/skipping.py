@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from blockscale.compressed_tensors import ALL_LINEARS
+
 Engine = Literal["vllm", "sglang", "transformers"]
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "transformers")
 # (skip list entry, module path) -> whether the entry names the module.
@@ -39,6 +41,15 @@ def matcher(engine: Engine, method: object) -> Match:
     if method == "compressed-tensors":
         return _exact_or_expression
     return {"vllm": _exact, "sglang": _segments, "transformers": _prefix_or_suffix}[engine]
+
+
+def is_targeted(entry: dict[str, Any], module: str) -> bool:
+    """Whether config.json is about a linear layer at all: in compressed-tensors a group has to name it."""
+    groups = entry.get("config_groups")
+    if entry.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict):
+        return True
+    targets = {t for each in groups.values() if isinstance(each, dict) for t in _strings(each.get("targets"))}
+    return ALL_LINEARS in targets or any(_exact_or_expression(target, module) for target in targets)
 
 
 def first_match(match: Match, entries: Sequence[str], module: str) -> str | None:

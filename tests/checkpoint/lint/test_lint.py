@@ -1,7 +1,10 @@
 """`lint`: what we write for an engine is clean, and every planted defect is found, and nothing else."""
 
 import json
+import tempfile
+from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -350,6 +353,50 @@ def test_sglang_reads_no_skip_list_of_w4afp8(tmp_path):
     found = _found(tmp_path / "out", "sglang")
     assert {(severity, rule) for severity, rule, _ in found} == {("silent", "unlisted")}
     assert len(found) == 6  # three shared projections of two layers
+
+
+def test_what_engines_know_and_we_do_not_is_not_called_wrong(tmp_path, made):
+    per_tensor = {name: each for name, each in made[0].items() if not name.endswith("_scale_inv")}
+    config = json.loads(json.dumps(made[1]))
+    del config["quantization_config"]["weight_block_size"]
+    found = lint_checkpoint(_write(tmp_path / "tensor", per_tensor, config), "vllm")
+    assert {(each.severity, each.rule) for each in found.findings} == {("warning", "config")}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}}},
+        "ignore": ["lm_head"],
+    }
+    codes = {
+        name: torch.zeros(each.shape, dtype=torch.int8) if "_proj" in name else each
+        for name, each in per_tensor.items()
+    }
+    found = lint_checkpoint(_write(tmp_path / "int8", codes, config), "vllm")
+    assert {(each.severity, each.rule) for each in found.findings} == {("warning", "config")}
+
+
+def test_what_no_config_group_names_is_left_alone(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    source = data.write(tmp_path / "source", aligned(data.llama()))
+    quantize_checkpoint(source, tmp_path / "out", Recipe(layout="compressed-tensors", exclude=("*.o_proj",)))
+    tensors, config = data.read(tmp_path / "out"), data.read_config(tmp_path / "out")
+    entry = config["quantization_config"]
+    entry["ignore"] = ["lm_head"]
+    assert _found(_write(tmp_path / "all", tensors, config), "vllm") == {("silent", "unlisted", OUT + W)}
+    entry["config_groups"]["group_0"]["targets"] = ["re:.*mlp.*", "re:.*[qkv]_proj$"]
+    assert _found(_write(tmp_path / "named", tensors, config), "vllm") == set()
+    entry["config_groups"]["group_0"]["targets"] = ["re:.*mlp.*"]
+    found = {where for _, rule, where in _found(_write(tmp_path / "fewer", tensors, config), "vllm")}
+    assert found == {f"{ATTENTION}{leaf}_proj.weight" for leaf in "qkv"}
+
+
+def test_a_remote_checkpoint(made):
+    folder = "memory://lint/out"
+    store = fsspec.filesystem("memory")
+    with tempfile.TemporaryDirectory() as here:
+        for name, content in data.contents(_write(Path(here), *made)).items():
+            store.pipe(f"/lint/out/{name}", content)
+    assert lint_checkpoint(folder, "vllm").ok
 
 
 def test_stale_and_missing_declarations(tmp_path, made):
