@@ -43,12 +43,17 @@ def matcher(engine: Engine, method: object) -> Match:
     return {"vllm": _exact, "sglang": _segments, "transformers": _prefix_or_suffix}[engine]
 
 
-def is_targeted(entry: dict[str, Any], module: str) -> bool:
-    """Whether config.json is about a linear layer at all: in compressed-tensors a group has to name it."""
+def group_targets(entry: dict[str, Any]) -> frozenset[str]:
+    """What the config groups of a `quantization_config` name; other methods are about every linear layer."""
     groups = entry.get("config_groups")
     if entry.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict):
-        return True
-    targets = {t for each in groups.values() if isinstance(each, dict) for t in _strings(each.get("targets"))}
+        return frozenset({ALL_LINEARS})
+    schemes = (each for each in groups.values() if isinstance(each, dict))
+    return frozenset(target for each in schemes for target in _strings(each.get("targets")))
+
+
+def is_targeted(targets: frozenset[str], module: str) -> bool:
+    """Whether one of the targets names a linear layer."""
     return ALL_LINEARS in targets or any(_exact_or_expression(target, module) for target in targets)
 
 
@@ -58,8 +63,10 @@ def first_match(match: Match, entries: Sequence[str], module: str) -> str | None
 
 
 def _exact(entry: str, module: str) -> bool:
+    if entry == module or "experts" not in entry:
+        return entry == module
     experts = re.match(r"(.*\.experts)\.\d+\.", module)
-    return entry == module or (experts is not None and experts[1] in entry)
+    return experts is not None and experts[1] in entry
 
 
 def _segments(entry: str, module: str) -> bool:

@@ -10,7 +10,15 @@ from blockscale.checkpoint.decide import FP8
 from blockscale.checkpoint.families import Family, family_of
 from blockscale.checkpoint.group_storage import LowBitWeight
 from blockscale.checkpoint.groups import low_bit_weights
-from blockscale.checkpoint.lint.skipping import Engine, Match, first_match, is_targeted, matcher, skip_entries
+from blockscale.checkpoint.lint.skipping import (
+    Engine,
+    Match,
+    first_match,
+    group_targets,
+    is_targeted,
+    matcher,
+    skip_entries,
+)
 from blockscale.checkpoint.names import keep_reason
 from blockscale.checkpoint.skip_list import Signature
 from blockscale.errors import BlockscaleError
@@ -102,13 +110,13 @@ def subject_of(
     low, skip = low_bit_weights(tensors, quantization), skip_entries(engine, entry)
     match, family = matcher(engine, entry.get("quant_method")), family_of(config)
     companions = {name for each in low.values() for name in each.companions}
-    linears = []
+    linears, targets = [], group_targets(entry)
     for stored, signature in tensors.items():
         found = None if stored in companions else _linear(stored, signature, low.get(stored), family)
         if found is not None:
             name, kind, shape, quantized = found
             by = first_match(match, skip, module_path(name))
-            by = by if is_targeted(entry, module_path(name)) else "no config group names it"
+            by = by if is_targeted(targets, module_path(name)) else "no config group names it"
             linears.append(Linear(name, stored, kind, shape, quantized, by))
     return Subject(
         *(engine, tp, tensors, config, entry, quantization, unreadable),
