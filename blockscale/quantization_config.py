@@ -77,15 +77,16 @@ class _ByTarget(Generic[_T]):
         for targets, value in values:
             for target in targets:
                 self._values.setdefault(target, value)
-        self._patterns = sorted(target for target in self._values if target.startswith("re:"))
+        patterns = sorted(target for target in self._values if target.startswith("re:"))
+        self._patterns = [(target, re.compile(target.removeprefix("re:"))) for target in patterns]
 
     def find(self, module: str, or_else: str | None = None) -> _T | None:
         """The value of a module path, that of another target, or None."""
         if module in self._values:
             return self._values[module]
-        for pattern in self._patterns:  # in the order of the compressed-tensors package
-            if re.match(pattern.removeprefix("re:"), module):
-                return self._values[pattern]
+        for target, pattern in self._patterns:  # in the order of the compressed-tensors package
+            if pattern.match(module):
+                return self._values[target]
         return None if or_else is None else self._values.get(or_else)
 
 

@@ -208,7 +208,7 @@ def run_plan(
         calibrated=0 if job.rounded is None else len(job.rounded.weights),
         calibration_tokens=plan.options.get(CALIBRATION_KEY, {}).get("tokens", 0),
         calibrated_experts=() if job.rounded is None else job.rounded.experts,
-        input_scales=input_scales(plan, job.rounded),
+        input_scales={} if complete else input_scales(plan, job.rounded),
     )
 
 

@@ -91,6 +91,12 @@ def candidates(
     Raises:
         BlockscaleError: an unknown format, or one that the layout has no place for.
     """
+    if layout not in _MIXED:
+        raise BlockscaleError(
+            f"the {layout} layout leaves nothing to choose: experts are INT4 and the rest FP8",
+            where="layout",
+            expected=" | ".join(_MIXED),
+        )
     wanted = names or _MIXED[layout]
     found: dict[tuple[int, int] | WrittenFormat, Candidate] = {}
     for name in wanted:
@@ -107,7 +113,7 @@ def candidates(
     low = [each for each in found if not isinstance(each, tuple)]
     if low and layout != "blockscale":
         raise BlockscaleError(
-            f"the {layout} layout has no place for weights of fewer than 8 bits",
+            f"weights of fewer than 8 bits are not searched for the {layout} layout",
             where="formats",
             got=spell_group_format(low[0]),
             remedy="take --layout blockscale",

@@ -97,11 +97,12 @@ def test_w4afp8_as_sglang_has_it(tmp_path, source):
 
 
 def test_an_input_scale_is_what_brings_the_largest_input_to_448():
-    # 448 * 2**-7 is 3.5; 3.6 is rounded up to a BF16 value, so that the input does not saturate.
+    # 448 * 2**-7 is 3.5. What is no BF16 value is rounded up, so that the input does not saturate.
     assert companion("x.input_scale", (1, 1), 3.5).tolist() == [2.0**-7]
-    scale = companion("x.input_scale", (1, 1), 3.6)
-    assert scale.dtype == torch.bfloat16
-    assert 3.6 / 448 <= scale.item() <= 3.6 / 448 * (1 + 2**-7)
+    for amax in (3.51, 3.52, 3.53, 3.6, 3.7):
+        scale = companion("x.input_scale", (1, 1), amax)
+        assert scale.dtype == torch.bfloat16
+        assert amax / 448 <= scale.item() <= amax / 448 * (1 + 2**-7)
 
 
 def test_input_scales_of_a_calibration_are_written(tmp_path, source):
@@ -271,3 +272,35 @@ def test_transformers_loads_our_experts(tmp_path):
     assert len(experts) == 10
     for name in experts:
         assert torch.equal(theirs[name], ours[name]), name
+
+
+def test_what_others_pack_is_read(tmp_path):
+    """A checkpoint as llm-compressor writes it: one group of INT4 for the class Linear, no FP8."""
+    pytest.importorskip("compressed_tensors")
+    source = data.write(tmp_path / "source", data.llama(hidden=256, intermediate=256))
+    recipe = Recipe(layout="compressed-tensors", precision={"default": "int4:g128"})
+    quantize_checkpoint(source, tmp_path / "out", recipe)
+    (tmp_path / "out" / "blockscale.json").unlink()
+    config = data.read_config(tmp_path / "out")
+    entry = config["quantization_config"]
+    (packed,) = (each for each in entry["config_groups"].values() if each["format"] == "pack-quantized")
+    del packed["format"]
+    packed["targets"] = ["Linear"]
+    entry |= {"config_groups": {"group_0": packed}, "format": "pack-quantized"}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert inspect_checkpoint(tmp_path / "out").problems == ()
+    assert verify_checkpoint(tmp_path / "out", source).problems == ()
+    dequantize_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert verify_checkpoint(tmp_path / "back", tmp_path / "out").problems == ()
+
+
+@pytest.mark.parametrize(
+    "change", [{"symmetric": False}, {"num_bits": 8}, {"strategy": "channel"}, {"actorder": "group"}]
+)
+def test_what_is_packed_otherwise_is_refused(tmp_path, source, change):
+    _quantize(tmp_path, source, "compressed-tensors")
+    config = data.read_config(tmp_path / "out")
+    config["quantization_config"]["config_groups"]["group_1"]["weights"].update(change)
+    told = data.told(parse_quantization_config, config)
+    assert told is not None
+    assert "compressed-tensors checkpoint is not block FP8" in told

@@ -10,6 +10,7 @@ Every rule is a small function from a `Subject` to findings. What the rules are 
     transformers 5.23     quantizers/quantizers_utils.py, quantizers/quantizer_finegrained_fp8.py,
                           integrations/{finegrained_fp8,compressed_tensors}.py, utils/quantization_config.py
 
-vLLM and SGLang need a GPU to be run: these rules are read, not tried. Of transformers and the
+vLLM and SGLang need a GPU to be run: these rules are read, not tried, some of them (what compressed-tensors
+and w4afp8 take) in copies of their repositories whose release is not known. Of transformers and the
 compressed-tensors package the tests run the code itself.
 """

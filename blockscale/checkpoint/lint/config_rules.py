@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from blockscale.checkpoint.decide import FP8
 from blockscale.checkpoint.lint.finding import Finding, Severity
 from blockscale.checkpoint.lint.subject import Subject
-from blockscale.formats import spell_block_size
+from blockscale.formats import HIGH_PRECISION, spell_block_size
 
 # What `quant_method` an engine knows, of those that are checked here.
 _METHODS = {
@@ -36,19 +36,30 @@ def known_method(subject: Subject) -> Iterator[Finding]:
 
 
 def readable(subject: Subject) -> Iterator[Finding]:
-    """What is of a known method has to be complete."""
-    if subject.unreadable is not None and subject.method in _CHECKED:
+    """Scales of blocks need a block size; what engines know and this package does not is not checked."""
+    if subject.unreadable is None or subject.method not in _CHECKED:
+        return
+    blocks = any(
+        name.endswith("_scale_inv") and len(shape) > 1 for name, (_, shape) in subject.tensors.items()
+    )
+    if blocks or subject.method == "blockscale":
         yield Finding("error", "config", "config.json", subject.unreadable)
+    else:
+        what = f"scales and shapes are not checked here: {subject.unreadable}"
+        yield Finding("warning", "config", "config.json", what)
 
 
 def declared(subject: Subject) -> Iterator[Finding]:
     """Quantized tensors need a `quantization_config`, and the other way round."""
-    quantized = [name for name, (dtype, _) in subject.tensors.items() if dtype == FP8] + [*subject.low]
-    if quantized and not subject.entry:
-        what = f"{len(quantized)} FP8 tensors and no quantization_config: codes are taken for weights"
+    codes = [
+        n for n, (dtype, shape) in subject.tensors.items() if len(shape) > 1 and dtype not in HIGH_PRECISION
+    ]
+    fp8 = [name for name in codes if subject.tensors[name][0] == FP8]
+    if fp8 and not subject.entry:
+        what = f"{len(fp8)} FP8 tensors and no quantization_config: codes are taken for weights"
         remedy = "restore the quantization_config of config.json"
         yield Finding("silent", "declared", "config.json", what, remedy=remedy)
-    if subject.entry and not quantized and subject.method in _CHECKED:
+    if subject.entry and not codes and subject.method in _CHECKED:
         what = "stale quantization_config: no tensor is quantized, and the engine looks for scales"
         remedy = "remove it from config.json"
         yield Finding("silent", "stale", "config.json", what, got=subject.method, remedy=remedy)

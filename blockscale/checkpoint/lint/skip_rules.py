@@ -17,9 +17,7 @@ def quantized_but_skipped(subject: Subject) -> Iterator[Finding]:
     for each in subject.linears:
         if each.quantized and each.skipped_by is not None:
             over = each.skipped_by != each.module
-            what = (
-                f"is {each.kind}, but {subject.engine} leaves it unquantized by the entry {each.skipped_by!r}"
-            )
+            what = f"is {each.kind}, but {subject.engine} leaves it unquantized: {each.skipped_by!r}"
             remedy = "list full module paths" if over else "remove the entry from the skip list"
             severity: Severity = "silent" if subject.engine == "transformers" else "error"
             yield Finding(severity, "skipped", each.stored, what, remedy=remedy)

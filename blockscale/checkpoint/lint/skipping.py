@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from blockscale.compressed_tensors import ALL_LINEARS
+
 Engine = Literal["vllm", "sglang", "transformers"]
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "transformers")
 # (skip list entry, module path) -> whether the entry names the module.
@@ -26,10 +28,12 @@ def skip_entries(engine: Engine, entry: dict[str, Any]) -> tuple[str, ...]:
         return _strings(entry.get("ignore"))
     if engine == "sglang" and method == "w4afp8":
         return ()
-    first, second = "ignored_layers", "modules_to_not_convert"
-    if engine == "transformers":
-        first, second = second, first
-    return _strings(entry.get(first)) or _strings(entry.get(second))
+    ignored, kept = entry.get("ignored_layers"), entry.get("modules_to_not_convert")
+    if engine != "transformers":
+        return _strings(ignored) or _strings(kept)
+    found = ignored if kept is None else kept
+    # Where nothing is said it leaves the output head alone, but not where there is a list without it.
+    return ("lm_head",) if found is None else _strings(found)
 
 
 def matcher(engine: Engine, method: object) -> Match:
@@ -39,14 +43,30 @@ def matcher(engine: Engine, method: object) -> Match:
     return {"vllm": _exact, "sglang": _segments, "transformers": _prefix_or_suffix}[engine]
 
 
+def group_targets(entry: dict[str, Any]) -> frozenset[str]:
+    """What the config groups of a `quantization_config` name; other methods are about every linear layer."""
+    groups = entry.get("config_groups")
+    if entry.get("quant_method") != "compressed-tensors" or not isinstance(groups, dict):
+        return frozenset({ALL_LINEARS})
+    schemes = (each for each in groups.values() if isinstance(each, dict))
+    return frozenset(target for each in schemes for target in _strings(each.get("targets")))
+
+
+def is_targeted(targets: frozenset[str], module: str) -> bool:
+    """Whether one of the targets names a linear layer."""
+    return ALL_LINEARS in targets or any(_exact_or_expression(target, module) for target in targets)
+
+
 def first_match(match: Match, entries: Sequence[str], module: str) -> str | None:
     """The entry that names a module, or None."""
     return next((entry for entry in entries if match(entry, module)), None)
 
 
 def _exact(entry: str, module: str) -> bool:
+    if entry == module or "experts" not in entry:
+        return entry == module
     experts = re.match(r"(.*\.experts)\.\d+\.", module)
-    return entry == module or (experts is not None and experts[1] in entry)
+    return experts is not None and experts[1] in entry
 
 
 def _segments(entry: str, module: str) -> bool:

@@ -10,7 +10,15 @@ from blockscale.checkpoint.decide import FP8
 from blockscale.checkpoint.families import Family, family_of
 from blockscale.checkpoint.group_storage import LowBitWeight
 from blockscale.checkpoint.groups import low_bit_weights
-from blockscale.checkpoint.lint.skipping import Engine, Match, first_match, matcher, skip_entries
+from blockscale.checkpoint.lint.skipping import (
+    Engine,
+    Match,
+    first_match,
+    group_targets,
+    is_targeted,
+    matcher,
+    skip_entries,
+)
 from blockscale.checkpoint.names import keep_reason
 from blockscale.checkpoint.skip_list import Signature
 from blockscale.errors import BlockscaleError
@@ -28,6 +36,7 @@ class Linear:
         stored: of the tensor that has its codes or values.
         kind: "FP8", a format of fewer than 8 bits as spelled, or another dtype.
         shape: (N, K), or (E, N, K) of fused experts.
+        quantized: whether it is stored as codes.
         skipped_by: the entry by which the engine leaves it unquantized, or None.
     """
 
@@ -97,25 +106,31 @@ def subject_of(
 ) -> Subject:
     """Look at a checkpoint with the eyes of an engine."""
     entry: dict[str, Any] = next((config[key] for key in QUANTIZATION_KEYS if config.get(key)), {})
-    quantization, unreadable = None, None
-    try:
-        quantization = parse_quantization_config(config)
-    except BlockscaleError as error:
-        unreadable = str(error)
+    quantization, unreadable = _parsed(entry)
     low, skip = low_bit_weights(tensors, quantization), skip_entries(engine, entry)
     match, family = matcher(engine, entry.get("quant_method")), family_of(config)
     companions = {name for each in low.values() for name in each.companions}
-    linears = []
+    linears, targets = [], group_targets(entry)
     for stored, signature in tensors.items():
         found = None if stored in companions else _linear(stored, signature, low.get(stored), family)
         if found is not None:
             name, kind, shape, quantized = found
             by = first_match(match, skip, module_path(name))
+            by = by if is_targeted(targets, module_path(name)) else "no config group names it"
             linears.append(Linear(name, stored, kind, shape, quantized, by))
     return Subject(
         *(engine, tp, tensors, config, entry, quantization, unreadable),
         *(low, tuple(linears), skip, match),
     )
+
+
+def _parsed(entry: dict[str, Any]) -> tuple[Quantization | None, str | None]:
+    """The entry parsed, or why it cannot be; a scale format that is not known here has a rule of its own."""
+    try:
+        plain = {key: value for key, value in entry.items() if key != "scale_fmt" or value == "ue8m0"}
+        return parse_quantization_config({QUANTIZATION_KEYS[0]: plain}), None
+    except BlockscaleError as error:
+        return None, str(error)
 
 
 def _linear(

@@ -1,7 +1,10 @@
 """`lint`: what we write for an engine is clean, and every planted defect is found, and nothing else."""
 
 import json
+import tempfile
+from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -178,6 +181,11 @@ DEFECTS = {
         },
     ),
     "an entry of a part of a path": (_skip("layers.7"), ["vllm"], {("warning", "entry", "config.json")}),
+    "no skip list": (
+        lambda tensors, entry: entry.pop("modules_to_not_convert"),
+        ENGINES,
+        set(),  # transformers leaves the head alone by itself, the others always do
+    ),
     "the head is not listed": (
         _entry(modules_to_not_convert=[]),
         ["transformers"],
@@ -199,7 +207,7 @@ def test_a_planted_defect_is_found_and_nothing_else(tmp_path, made, defect, engi
 
 def test_what_the_skip_list_of_each_engine_matches(tmp_path, made):
     tensors, config = dict(made[0]), json.loads(json.dumps(made[1]))
-    config["quantization_config"]["modules_to_not_convert"] = ["lm_head", "layers.1", "down_proj"]
+    config["quantization_config"]["modules_to_not_convert"] = ["lm_head", "layers.1", "down_proj", "mlp.gate"]
     folder = _write(tmp_path / "bad", tensors, config)
     down = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}
     first = {name for name in tensors if name.startswith("model.layers.1.") and name.endswith("_proj.weight")}
@@ -208,7 +216,7 @@ def test_what_the_skip_list_of_each_engine_matches(tmp_path, made):
         return {each.where for each in lint_checkpoint(folder, engine).findings if each.rule == "skipped"}
 
     assert skipped("vllm") == set()  # full paths alone
-    assert skipped("sglang") == down | first  # segments anywhere
+    assert skipped("sglang") == down | first  # whole segments anywhere: mlp.gate is not mlp.gate_proj
     assert skipped("transformers") == down  # from the start, or the end
 
 
@@ -345,6 +353,50 @@ def test_sglang_reads_no_skip_list_of_w4afp8(tmp_path):
     found = _found(tmp_path / "out", "sglang")
     assert {(severity, rule) for severity, rule, _ in found} == {("silent", "unlisted")}
     assert len(found) == 6  # three shared projections of two layers
+
+
+def test_what_engines_know_and_we_do_not_is_not_called_wrong(tmp_path, made):
+    per_tensor = {name: each for name, each in made[0].items() if not name.endswith("_scale_inv")}
+    config = json.loads(json.dumps(made[1]))
+    del config["quantization_config"]["weight_block_size"]
+    found = lint_checkpoint(_write(tmp_path / "tensor", per_tensor, config), "vllm")
+    assert {(each.severity, each.rule) for each in found.findings} == {("warning", "config")}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int"}}},
+        "ignore": ["lm_head"],
+    }
+    codes = {
+        name: torch.zeros(each.shape, dtype=torch.int8) if "_proj" in name else each
+        for name, each in per_tensor.items()
+    }
+    found = lint_checkpoint(_write(tmp_path / "int8", codes, config), "vllm")
+    assert {(each.severity, each.rule) for each in found.findings} == {("warning", "config")}
+
+
+def test_what_no_config_group_names_is_left_alone(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    source = data.write(tmp_path / "source", aligned(data.llama()))
+    quantize_checkpoint(source, tmp_path / "out", Recipe(layout="compressed-tensors", exclude=("*.o_proj",)))
+    tensors, config = data.read(tmp_path / "out"), data.read_config(tmp_path / "out")
+    entry = config["quantization_config"]
+    entry["ignore"] = ["lm_head"]
+    assert _found(_write(tmp_path / "all", tensors, config), "vllm") == {("silent", "unlisted", OUT + W)}
+    entry["config_groups"]["group_0"]["targets"] = ["re:.*mlp.*", "re:.*[qkv]_proj$"]
+    assert _found(_write(tmp_path / "named", tensors, config), "vllm") == set()
+    entry["config_groups"]["group_0"]["targets"] = ["re:.*mlp.*"]
+    found = {where for _, rule, where in _found(_write(tmp_path / "fewer", tensors, config), "vllm")}
+    assert found == {f"{ATTENTION}{leaf}_proj.weight" for leaf in "qkv"}
+
+
+def test_a_remote_checkpoint(made):
+    folder = "memory://lint/out"
+    store = fsspec.filesystem("memory")
+    with tempfile.TemporaryDirectory() as here:
+        for name, content in data.contents(_write(Path(here), *made)).items():
+            store.pipe(f"/lint/out/{name}", content)
+    assert lint_checkpoint(folder, "vllm").ok
 
 
 def test_stale_and_missing_declarations(tmp_path, made):
