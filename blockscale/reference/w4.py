@@ -72,6 +72,11 @@ class W4Weight:
         """The weight (N, K) of one expert."""
         return W4Weight(self.words[expert], self.scale[expert], self.width, self.kind)
 
+    def rows(self, first: int, last: int) -> W4Weight:
+        """Rows first .. last - 1, of every expert."""
+        words, scale = self.words[..., first:last, :], self.scale[..., first:last]
+        return W4Weight(words, scale, self.width, self.kind)
+
     def room_for(self, experts: int) -> W4Weight:
         """Uninitialized, for that many weights like this one (N, K)."""
         words, scale = (each.new_empty(experts, *each.shape) for each in (self.words, self.scale))
