@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ from blockscale.model.decode import decode
 from blockscale.model.gemm_names import gemm_names
 from blockscale.model.launch import open_ranks
 from blockscale.model.linear import Compute
-from blockscale.model.prefill import prefill
+from blockscale.model.prefill import all_logits
 from blockscale.model.ranks import Ranks
 from blockscale.model.slices import share
 from blockscale.model.transformer import Transformer
@@ -75,9 +76,8 @@ TINY = {
     "n_routed_experts": 16,
     "num_experts_per_tok": 2,
 }
-GOAL = 352e9  # bytes of the whole model, in files
 MOST_CALC_DIFF = 1e-5  # of a product beside the float32 one
-MOST_DIVERGENCE = 0.1  # nats, of the worst prompt
+MOST_DIVERGENCE = 0.1  # nats, mean of all tokens; of other weights it is about one
 RESERVE = 14 << 30  # of a GPU, for activations, caches, and the float32 that the head is rounded from
 FP8 = BlockFP8()
 
@@ -94,7 +94,9 @@ class Sizes:
     copied: int = 1 << 30
 
 
-SMALL = Sizes(prefill=((1, 40), (2, 40)), rounds=3, decode=(1, 2), context=40, checked=(2, 80), copied=1 << 20)
+SMALL = Sizes(
+    prefill=((1, 40), (2, 40)), rounds=3, decode=(1, 2), context=40, checked=(2, 80), copied=1 << 20
+)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,16 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def room(device: torch.device) -> int:
+    """Bytes that are free on a GPU; elsewhere enough."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes that tensors have taken on a GPU until now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 def by_kind(model: Transformer) -> dict[str, int]:
     """Bytes of a model's tensors by what they are, each memory counted once; scales as they are in memory."""
     found = {"4-bit codes": 0, "4-bit scales": 0, "FP8 codes": 0, "other": 0}
@@ -162,7 +174,7 @@ def by_kind(model: Transformer) -> dict[str, int]:
 
 
 def check(case: Case, sizes: Sizes) -> dict[str, float]:
-    """Worst calc_diff of a product and divergence of a prediction; fails if they are not small.
+    """Worst calc_diff of a product and mean divergence of predictions; fails if they are not small.
 
     The model has one layer with experts. A prompt runs their contiguous products, a step the masked ones.
     """
@@ -171,20 +183,21 @@ def check(case: Case, sizes: Sizes) -> dict[str, float]:
     prompts = random_prompts(model, *sizes.checked)
     room = sizes.checked[1] + 1
     cache = model.cache(len(prompts), room)
-    tokens = torch.zeros(len(prompts), dtype=torch.int64, device=model.device)
+    tokens = torch.arange(len(prompts), device=model.device)
     with ops.audit_gemms(limits=GemmLimits(calc_diff=MOST_CALC_DIFF), names=gemm_names(model)) as audit:
-        logits = prefill(model, cache, prompts)
+        logits = all_logits(model, cache, prompts)
         step = decode(model, cache, range(len(prompts)), tokens, [room] * len(prompts))
-    seen = {record.op for record in audit.records if "w4a8" in record.op}
+    # A step of few tokens may choose none of the experts of a process.
+    seen = set().union(*case.ranks.gather({each.op for each in audit.records if "w4a8" in each.op}))
     if len(seen) < 2:
         raise SystemExit(f"of the products with 4-bit experts ran only {seen}")
     worst = max(record.accumulation.calc_diff for record in audit.records)
-    del model, cache
+    del model, cache, audit  # whose names hold the weights
     plain = case.make(layers, "high")
     cache = plain.cache(len(prompts), room)
-    expected = prefill(plain, cache, prompts)
+    expected = all_logits(plain, cache, prompts)
     after = decode(plain, cache, range(len(prompts)), tokens, [room] * len(prompts))
-    divergence = max(float(kl_divergence(a, b).max()) for a, b in ((expected, logits), (after, step)))
+    divergence = float(kl_divergence(torch.cat([*expected, after]), torch.cat([*logits, step])).mean())
     if not divergence < MOST_DIVERGENCE:
         raise SystemExit(f"not the model of its dequantized weights: KL divergence {divergence}")
     del plain, cache
@@ -204,10 +217,7 @@ def depth(case: Case, asked: str) -> tuple[int, int]:
     total = sum(case.ranks.gather(base + (depths - dense) * layer))
     if asked != "auto":
         return int(asked), total
-    fit = depths
-    if device.type == "cuda":
-        fit = dense + (torch.cuda.mem_get_info(device)[0] - RESERVE - base) // layer
-    fit = min(*case.ranks.gather(fit), depths)
+    fit = min(*case.ranks.gather(dense + (room(device) - RESERVE - base) // layer), depths)
     if fit <= dense:
         raise SystemExit(f"no layer with experts fits: {layer / 1e9:.1f} GB each beside {base / 1e9:.1f} GB")
     return fit, total
@@ -236,8 +246,8 @@ def speeds(case: Case, model: Transformer, sizes: Sizes, say: Callable[[str], No
         }
         found["decode"].append(line)
         say(
-            f"decode batch {batch} at {sizes.context}: {batch / seconds:,.1f} tok/s, {1e3 * seconds:.2f} ms a "
-            f"step, floor {1e3 * line['floor_seconds']:.2f} ms ({line['of_memory_floor']:.0%})"
+            f"decode batch {batch} at {sizes.context}: {batch / seconds:,.1f} tok/s, {1e3 * seconds:.2f} ms "
+            f"a step, floor {1e3 * line['floor_seconds']:.2f} ms ({line['of_memory_floor']:.0%})"
         )
     return found
 
@@ -261,10 +271,7 @@ def run(case: Case, sizes: Sizes, asked: str, say: Callable[[str], None]) -> dic
         f"{made:.0f} s; in memory {sum(held) / 1e9:.2f} GB ({max(held) / 1e9:.2f} GB on one of them), in "
         f"files {case.stored(layers) / 1e9:.2f} GB"
     )
-    say(
-        f"all {config.num_hidden_layers} layers: in files {whole / 1e9:.2f} GB (goal {GOAL / 1e9:.0f} GB "
-        f"{'met' if whole <= GOAL else 'missed'}), in memory {total / 1e9:.2f} GB"
-    )
+    say(f"all layers: in memory {total / 1e9:.2f} GB, in files {whole / 1e9:.2f} GB")
     return {
         "experts": spell_group_format(case.experts),
         "ranks": ranks.world,
@@ -279,6 +286,7 @@ def run(case: Case, sizes: Sizes, asked: str, say: Callable[[str], None]) -> dic
         "all_layers": {"memory_bytes": total, "file_bytes": whole},
         "make_seconds": made,
         **speeds(case, model, sizes, say),
+        "peak_bytes_of_gpu": case.most(peak(ranks.device)),
         "seconds": time.perf_counter() - begin,
     }
 

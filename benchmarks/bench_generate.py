@@ -142,9 +142,7 @@ def weight_bytes(model: Transformer) -> int:
     return sum(memory.values())
 
 
-def bytes_of_step(
-    model: Transformer, batch: int, context: int, kind: str, own: range | None = None
-) -> int:
+def bytes_of_step(model: Transformer, batch: int, context: int, kind: str, own: range | None = None) -> int:
     """Bytes that one step of decoding has to read: weights, chosen experts alone, and cached tokens.
 
     own: the routed experts that this model has, if it has not all of them.

@@ -55,7 +55,7 @@ def audit_gemms(
     names: OfWeight[str] | None = None,
     weights: OfWeight[torch.Tensor] | None = None,
 ) -> Iterator[GemmAudit]:
-    """Audit every FP8 or W4A8 GEMM that is called in the block; of nested blocks the inner one sees its calls alone.
+    """Audit every FP8 or W4A8 GEMM in the block; of nested blocks the inner one sees its calls alone.
 
     For one thread: what other threads call meanwhile is audited as well, in no order.
 
