@@ -19,8 +19,6 @@ on the GPU that has to read the most. Results go to benchmarks/results/671b.json
 from __future__ import annotations
 
 import argparse
-import gc
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +33,6 @@ from bench_generate import (
     random_prompts,
     seconds_of_step,
     tensors_of,
-    wait,
     weight_bytes,
 )
 
@@ -53,7 +50,7 @@ from blockscale.model.ranks import Ranks
 from blockscale.model.slices import share
 from blockscale.model.transformer import Transformer
 from blockscale.ops import GemmLimits
-from blockscale.testing.bench import append_result, environment
+from blockscale.testing.bench import append_result, environment, free_bytes, peak_bytes, release, wait
 from blockscale.testing.random_model import random_model, stored_bytes, stored_tensors
 
 HERE = Path(__file__).parent
@@ -136,23 +133,6 @@ class Case:
         return max(self.ranks.gather(value))
 
 
-def free(device: torch.device) -> None:
-    """Give memory of models that are gone back to the GPU."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def room(device: torch.device) -> int:
-    """Bytes that are free on a GPU; elsewhere enough."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
-
-
-def peak(device: torch.device) -> int:
-    """Most bytes that tensors have taken on a GPU until now."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
 def by_kind(model: Transformer) -> dict[str, int]:
     """Bytes of a model's tensors by what they are, each memory counted once; scales as they are in memory."""
     found = {"4-bit codes": 0, "4-bit scales": 0, "FP8 codes": 0, "other": 0}
@@ -201,7 +181,7 @@ def check(case: Case, sizes: Sizes) -> dict[str, float]:
     if not divergence < MOST_DIVERGENCE:
         raise SystemExit(f"not the model of its dequantized weights: KL divergence {divergence}")
     del plain, cache
-    free(case.ranks.device)
+    release(case.ranks.device)
     return {"calc_diff": case.most(worst), "kl_divergence": divergence}
 
 
@@ -211,13 +191,13 @@ def depth(case: Case, asked: str) -> tuple[int, int]:
     sizes = []
     for layers in (dense, dense + 1):
         sizes.append(weight_bytes(case.make(layers)))
-        free(device)
+        release(device)
     base, layer = sizes[0], sizes[1] - sizes[0]
     depths = case.config.num_hidden_layers
     total = sum(case.ranks.gather(base + (depths - dense) * layer))
     if asked != "auto":
         return int(asked), total
-    fit = min(*case.ranks.gather(dense + (room(device) - RESERVE - base) // layer), depths)
+    fit = min(*case.ranks.gather(dense + (free_bytes(device) - RESERVE - base) // layer), depths)
     if fit <= dense:
         raise SystemExit(f"no layer with experts fits: {layer / 1e9:.1f} GB each beside {base / 1e9:.1f} GB")
     return fit, total
@@ -263,7 +243,7 @@ def run(case: Case, sizes: Sizes, asked: str, say: Callable[[str], None]) -> dic
     model = case.make(layers)
     wait(ranks.device)
     made, kinds = time.perf_counter() - start, ranks.gather(by_kind(model))
-    free(ranks.device)
+    release(ranks.device)
     whole = case.stored(config.num_hidden_layers)
     held = [sum(each.values()) for each in kinds]
     say(
@@ -286,7 +266,7 @@ def run(case: Case, sizes: Sizes, asked: str, say: Callable[[str], None]) -> dic
         "all_layers": {"memory_bytes": total, "file_bytes": whole},
         "make_seconds": made,
         **speeds(case, model, sizes, say),
-        "peak_bytes_of_gpu": case.most(peak(ranks.device)),
+        "peak_bytes_of_gpu": case.most(peak_bytes(ranks.device)),
         "seconds": time.perf_counter() - begin,
     }
 

@@ -39,7 +39,7 @@ from blockscale.model.config import ModelConfig, load_config
 from blockscale.model.decode import decode
 from blockscale.model.generate import generate, prefill
 from blockscale.model.transformer import Transformer
-from blockscale.testing.bench import append_result, environment
+from blockscale.testing.bench import append_result, environment, wait
 from blockscale.testing.random_model import random_model
 
 HERE = Path(__file__).parent
@@ -69,12 +69,6 @@ def random_prompts(model: Transformer, count: int, length: int, kind: str = "dif
     shape = count if kind == "different" else 1, length
     drawn = torch.randint(model.config.vocab_size, shape, generator=generator)
     return drawn.expand(count, -1).tolist()
-
-
-def wait(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def prefill_rates(models: dict[str, Transformer], batch: int, lengths: list[int]) -> dict[str, float]:

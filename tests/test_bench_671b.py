@@ -89,10 +89,10 @@ def test_layers_that_do_not_fit_are_left_out(bench, monkeypatch):
     made = case(bench)
     sizes = [bench.weight_bytes(made.make(layers)) for layers in (1, 2)]
     room = bench.RESERVE + sizes[0] + 3 * (sizes[1] - sizes[0]) // 2
-    monkeypatch.setattr(bench, "room", lambda device: room)
+    monkeypatch.setattr(bench, "free_bytes", lambda device: room)
     assert bench.depth(made, "auto")[0] == 2
-    monkeypatch.setattr(bench, "room", lambda device: 1 << 60)
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 1 << 60)
     assert bench.depth(made, "auto")[0] == 3
-    monkeypatch.setattr(bench, "room", lambda device: bench.RESERVE)
+    monkeypatch.setattr(bench, "free_bytes", lambda device: bench.RESERVE)
     with pytest.raises(SystemExit, match="no layer with experts fits"):
         bench.depth(made, "auto")

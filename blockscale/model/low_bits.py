@@ -61,7 +61,9 @@ def w4_experts(
         gate_up = below([gate[0], up[0]]), below([gate[1], up[1]])
         for name, (codes, scale), columns in (("gate_up", gate_up, hidden), ("down", down, width)):
             one = ops.prepare_w4(codes, scale, group, columns)
-            room = made.setdefault(name, one.room_for(len(numbers)))
+            if name not in made:
+                made[name] = one.room_for(len(numbers))
+            room = made[name]
             room.words[place].copy_(one.words)
             room.scale[place].copy_(one.scale)
         weights.store.formats[spell_group_format(group)] += len(_LEAVES)
