@@ -7,7 +7,7 @@ from torch import library
 from blockscale import metrics, ops, reference
 from blockscale.errors import BlockscaleError
 from blockscale.group_formats import MXFP4, GroupInt
-from blockscale.ops import GemmLimits, audit_gemms, w4a8_gemm
+from blockscale.ops import GemmLimits, audit_gemms, gemm_audit_figures, w4a8_gemm
 from blockscale.testing import data
 from blockscale.testing.asserts import assert_bitwise_equal
 from tests.ops.audit_cases import activations
@@ -110,6 +110,20 @@ def test_a_fault_among_masked_rows_is_beyond_limits(monkeypatch):
         audit.site("experts"),
     ):
         ops.m_grouped_w4a8_gemm_nt_masked(*operands)
+
+
+def test_a_weight_in_pieces_has_the_figures_of_the_whole(monkeypatch):
+    operands, original = masked()
+    found = []
+    for values in (1 << 24, 1):
+        monkeypatch.setattr(gemm_audit_figures, "_PIECE", values)
+        with audit_gemms(weights={operands[2].words: original}) as audit, audit.site("here"):
+            ops.m_grouped_w4a8_gemm_nt_masked(*operands)
+        found.append(audit.records[0])
+    whole, pieces = found
+    assert pieces.accumulation.peak.relative_error < EXACT
+    assert pieces.weight.calc_diff == pytest.approx(whole.weight.calc_diff, rel=1e-4)
+    assert pieces.weight.peak.position == whole.weight.peak.position
 
 
 def test_the_summary_tells_them_from_fp8():
