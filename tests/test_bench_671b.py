@@ -11,6 +11,7 @@ from blockscale.group_spelling import parse_group_format
 from blockscale.model.config import load_config
 from blockscale.model.ranks import ONE
 from blockscale.ops import w4a8_gemm
+from tests.model.test_ranks import torchrun
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +51,18 @@ def test_it_runs_in_small(bench, tmp_path, capsys):
     assert all(0 < each["of_memory_floor"] < 1 for each in found["decode"])
     assert len(found["prefill_tokens_per_second"]) == 2
     assert "3 of 3 layers on 1 x cpu" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(200)
+def test_two_processes_share_the_experts(tmp_path):
+    file = tmp_path / "found.jsonl"
+    done = torchrun("benchmarks/bench_671b.py", "--config", "tiny", "--experts", "mxfp4", "--results", file)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert (found["ranks"], len(found["memory_bytes_by_gpu"])) == (2, 2)
+    assert found["memory_bytes_by_kind"]["4-bit codes"] == 2 * 16 * 3 * 256 * 128 // 2
+    assert found["memory_bytes"] == found["all_layers"]["memory_bytes"] == sum(found["memory_bytes_by_gpu"])
+    assert done.stdout.count("3 of 3 layers on 2 x cpu") == 1
 
 
 def test_a_step_reads_the_experts_that_were_chosen(bench):

@@ -11,8 +11,8 @@ from blockscale.testing import data
 from blockscale.testing.asserts import assert_bitwise_equal
 
 FORMATS = [GroupInt(4, 128), GroupInt(4, 128, "ue8m0"), MXFP4()]
-# Whole groups, a group and a half, less than one, and an odd width; several experts.
-SHAPES = [(48, 576), (3, 16, 256), (16, 16), (5, 77), (2, 7, 129)]
+# Whole groups, a group and a half, less than one, and odd widths; several experts.
+SHAPES = [(48, 576), (3, 16, 256), (16, 16), (5, 77), (4, 127), (2, 7, 129)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -37,8 +37,9 @@ def test_codes_are_moved_as_the_reference_moves_them(device, fmt, shape):
     packed, scale = reference.quantize_group(data.wide_range(shape).to(device), fmt)
     if shape[-1] % 2:
         packed[..., -1] |= 0x80  # half a byte past the row may hold anything, -8 too
-    expected = reference.prepare_w4(packed, scale, fmt, shape[-1])
+    expected, before = reference.prepare_w4(packed, scale, fmt, shape[-1]), packed.clone()
     assert_same(ops.prepare_w4(packed, scale, fmt, shape[-1]), expected)
+    assert_bitwise_equal(packed, before)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
