@@ -138,7 +138,8 @@ Compute = Annotated[
 DebugGemm = Annotated[
     bool,
     typer.Option(
-        "--debug-gemm", help="Check every FP8 GEMM against float32, and say where precision is lost; slow."
+        "--debug-gemm",
+        help="Check every FP8 and 4-bit GEMM against float32, and say where precision is lost; slow.",
     ),
 ]
 Dtype = Annotated[DtypeChoice, typer.Option(help="Dtype of the result's weights.")]
