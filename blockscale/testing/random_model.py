@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from blockscale import ops
-from blockscale.checkpoint.groups import PACKED, group_scale_name, stored_shapes, unpacked_shape
+from blockscale.checkpoint.group_storage import PACKED, group_scale_name, group_storage
 from blockscale.checkpoint.index import TensorEntry
 from blockscale.checkpoint.names import role_of
 from blockscale.checkpoint.shapes import parameters_of
@@ -78,7 +78,9 @@ def stored_tensors(
     for name, (dtype, shape) in parameters_of(config.model_dump() | {"model_type": family}).items():
         role = role_of(name) if len(shape) == 2 else None
         if experts is not None and role == "experts":
-            found[name], found[group_scale_name(name)] = stored_shapes(experts, shape)
+            found[name], found[group_scale_name(name)] = group_storage("blockscale", experts).signatures(
+                shape
+            )
         elif fmt is not None and role in _QUANTIZED:
             found[name], found[scale_name(name)] = ("F8_E4M3", shape), ("F32", fmt.scale_shape(shape))
         else:
@@ -104,7 +106,7 @@ class _Maker:
         if entry.name == self._scale[0]:
             return _bytes(self._scale[1])
         if self._experts is not None and entry.dtype == PACKED:
-            value = self._value(entry.name, unpacked_shape(self._experts, entry.shape))
+            value = self._value(entry.name, group_storage("blockscale", self._experts).shape(entry.shape))
             codes, scale = ops.quantize_group(value.bfloat16(), self._experts)
             self._scale = group_scale_name(entry.name), scale
             return _bytes(codes)
