@@ -1,4 +1,4 @@
-"""`blockscale quantize SRC DST`: BF16, F16 or F32 -> block FP8."""
+"""`blockscale quantize SRC DST`: BF16, F16 or F32 -> block FP8, or fewer bits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def command(
     report_file: options.Report = None,
     json: options.Json = False,
 ) -> None:
-    """Quantize a checkpoint to block-scaled FP8.
+    """Quantize a checkpoint to block-scaled FP8, or to 4 and 3 bits.
 
     Interrupted or killed, the same command goes on where it was. Nothing appears at DST under its final name
     before it is complete.
