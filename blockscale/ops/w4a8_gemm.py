@@ -4,12 +4,15 @@
 
 Weights are prepared once, by `prepare_w4`. Shapes, layouts and rounding are those of
 `blockscale.reference.w4a8`, from which every backend differs in rounding only (`metrics.calc_diff` < 1e-5).
-Hopper runs Triton; everything else dequantizes (`_dequantized_w4a8`). Nothing here waits for the GPU, except
+Hopper runs CUDA C++ where there are many rows, and Triton where there are few, as other GPUs with FP8 arithmetic do;
+everything else dequantizes (`_dequantized_w4a8`). Nothing here waits for the GPU, except
 the dequantizing contiguous form.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import ModuleType
 from typing import Literal
 
@@ -20,7 +23,14 @@ from blockscale.ops import gemm_dispatch
 from blockscale.reference import w4a8_checks
 from blockscale.reference.w4 import W4Weight
 
-W4A8Backend = Literal["auto", "dequantized", "triton"]
+W4A8Backend = Literal["auto", "dequantized", "triton", "cuda"]
+_FEW_ROWS = 64  # of an expert, up to which Triton's kernels measured faster on an H100
+_MODULES = {
+    "dequantized": "blockscale.ops._dequantized_w4a8",
+    "triton": "blockscale.ops._triton.w4a8s",
+    "cuda": "blockscale.ops._cuda.w4a8_gemm",
+}
+
 
 
 def w4a8_gemm_nt(
@@ -53,7 +63,7 @@ def w4a8_gemm_nt(
     """
     out = w4a8_checks.dense_output(a, a_scale, b, bias, out_dtype, out)
     if out.numel():
-        _module(a.device, backend).w4a8_gemm_nt(a, a_scale, b, bias, out)
+        _module(a.device, a.shape[0], backend).w4a8_gemm_nt(a, a_scale, b, bias, out)
     return out
 
 
@@ -86,7 +96,8 @@ def m_grouped_w4a8_gemm_nt_contiguous(
     """
     out = w4a8_checks.contiguous_output(a, a_scale, b, m_indices, out)
     if out.numel():
-        run = _module(a.device, backend).m_grouped_w4a8_gemm_nt_contiguous
+        rows = a.shape[0] // b.shape[0]
+        run = _module(a.device, rows, backend).m_grouped_w4a8_gemm_nt_contiguous
         run(a, a_scale, b, m_indices, out)
     return out
 
@@ -120,32 +131,43 @@ def m_grouped_w4a8_gemm_nt_masked(
     """
     out = w4a8_checks.masked_output(a, a_scale, b, masked_m, expected_m, out)
     if out.numel():
-        run = _module(a.device, backend).m_grouped_w4a8_gemm_nt_masked
+        run = _module(a.device, expected_m, backend).m_grouped_w4a8_gemm_nt_masked
         run(a, a_scale, b, masked_m, expected_m, out)
     return out
 
 
-def _module(device: torch.device, backend: W4A8Backend) -> ModuleType:
-    """Where the implementations are that run on a device."""
-    from blockscale.ops import _dequantized_w4a8
+def _module(device: torch.device, rows: int, backend: W4A8Backend) -> ModuleType:
+    """Where the implementations are that run on a device; rows: of an expert, as expected."""
+    if backend == "auto":
+        candidates = _candidates(device, rows)
+    elif backend in _MODULES:
+        candidates = (backend,)
+    else:
+        expected = " | ".join(("auto", *_MODULES))
+        raise BlockscaleError("unknown backend", where="W4A8: backend", expected=expected, got=repr(backend))
+    reason = ""
+    for name in candidates:
+        reason = gemm_dispatch.unfit(name, device) or ""
+        module, error = (None, reason) if reason else _load(name)
+        if module is not None:
+            return module
+        reason = error
+    raise BlockscaleError(
+        f"backend {backend} is not available", where="W4A8: backend", got=reason, remedy="use 'auto'"
+    )
 
-    if backend == "dequantized":
-        return _dequantized_w4a8
-    if backend not in ("auto", "triton"):
-        raise BlockscaleError(
-            "unknown backend",
-            where="W4A8: backend",
-            expected="auto | dequantized | triton",
-            got=repr(backend),
-        )
-    if backend == "auto" and not gemm_dispatch.has_fp8(device):
-        return _dequantized_w4a8
+
+def _candidates(device: torch.device, rows: int) -> tuple[str, ...]:
+    """Backends for a device, the best first."""
+    if not gemm_dispatch.has_fp8(device):
+        return ("dequantized",)
+    return ("cuda", "triton", "dequantized") if rows > _FEW_ROWS else ("triton", "dequantized")
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The implementations of a backend, or None and why there are none."""
     try:
-        from blockscale.ops._triton import w4a8s
+        return importlib.import_module(_MODULES[name]), ""
     except ImportError as error:
-        if backend == "auto":
-            return _dequantized_w4a8
-        raise BlockscaleError(
-            "backend triton is not available", where="W4A8: backend", got=error, remedy="use 'auto'"
-        ) from error
-    return w4a8s
+        return None, str(error)
