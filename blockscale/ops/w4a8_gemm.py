@@ -4,9 +4,9 @@
 
 Weights are prepared once, by `prepare_w4`. Shapes, layouts and rounding are those of
 `blockscale.reference.w4a8`, from which every backend differs in rounding only (`metrics.calc_diff` < 1e-5).
-Hopper runs CUDA C++ where there are many rows, and Triton where there are few, as other GPUs with FP8 arithmetic do;
-everything else dequantizes (`_dequantized_w4a8`). Nothing here waits for the GPU, except
-the dequantizing contiguous form.
+Hopper runs CUDA C++ where there are many rows, and Triton where there are few, as other GPUs with FP8
+arithmetic do; everything else dequantizes (`_dequantized_w4a8`). Nothing here waits for the GPU, except the
+dequantizing contiguous form.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from blockscale.reference import w4a8_checks
 from blockscale.reference.w4 import W4Weight
 
 W4A8Backend = Literal["auto", "dequantized", "triton", "cuda"]
-_FEW_ROWS = 64  # of an expert, up to which Triton's kernels measured faster on an H100
+# Up to so many rows Triton's kernels measured faster on an H100. Of contiguous rows the host does not know
+# how many count, and CUDA C++ is never much slower.
+_FEW_ROWS, _FEW_EXPECTED = 64, 32
 _MODULES = {
     "dequantized": "blockscale.ops._dequantized_w4a8",
     "triton": "blockscale.ops._triton.w4a8s",
     "cuda": "blockscale.ops._cuda.w4a8_gemm",
 }
-
 
 
 def w4a8_gemm_nt(
@@ -63,7 +64,7 @@ def w4a8_gemm_nt(
     """
     out = w4a8_checks.dense_output(a, a_scale, b, bias, out_dtype, out)
     if out.numel():
-        _module(a.device, a.shape[0], backend).w4a8_gemm_nt(a, a_scale, b, bias, out)
+        _module(a.device, a.shape[0] > _FEW_ROWS, backend).w4a8_gemm_nt(a, a_scale, b, bias, out)
     return out
 
 
@@ -96,8 +97,7 @@ def m_grouped_w4a8_gemm_nt_contiguous(
     """
     out = w4a8_checks.contiguous_output(a, a_scale, b, m_indices, out)
     if out.numel():
-        rows = a.shape[0] // b.shape[0]
-        run = _module(a.device, rows, backend).m_grouped_w4a8_gemm_nt_contiguous
+        run = _module(a.device, True, backend).m_grouped_w4a8_gemm_nt_contiguous
         run(a, a_scale, b, m_indices, out)
     return out
 
@@ -131,15 +131,15 @@ def m_grouped_w4a8_gemm_nt_masked(
     """
     out = w4a8_checks.masked_output(a, a_scale, b, masked_m, expected_m, out)
     if out.numel():
-        run = _module(a.device, expected_m, backend).m_grouped_w4a8_gemm_nt_masked
+        run = _module(a.device, expected_m > _FEW_EXPECTED, backend).m_grouped_w4a8_gemm_nt_masked
         run(a, a_scale, b, masked_m, expected_m, out)
     return out
 
 
-def _module(device: torch.device, rows: int, backend: W4A8Backend) -> ModuleType:
-    """Where the implementations are that run on a device; rows: of an expert, as expected."""
+def _module(device: torch.device, many: bool, backend: W4A8Backend) -> ModuleType:
+    """Where the implementations are that run on a device; many: for many rows."""
     if backend == "auto":
-        candidates = _candidates(device, rows)
+        candidates = _candidates(device, many)
     elif backend in _MODULES:
         candidates = (backend,)
     else:
@@ -157,11 +157,11 @@ def _module(device: torch.device, rows: int, backend: W4A8Backend) -> ModuleType
     )
 
 
-def _candidates(device: torch.device, rows: int) -> tuple[str, ...]:
+def _candidates(device: torch.device, many: bool) -> tuple[str, ...]:
     """Backends for a device, the best first."""
     if not gemm_dispatch.has_fp8(device):
         return ("dequantized",)
-    return ("cuda", "triton", "dequantized") if rows > _FEW_ROWS else ("triton", "dequantized")
+    return ("cuda", "triton", "dequantized") if many else ("triton", "dequantized")
 
 
 @functools.cache

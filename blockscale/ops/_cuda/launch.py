@@ -61,8 +61,9 @@ class _Launch:
     keep: tuple[Any, ...]  # what these pointers point to
 
 
-# (kind, tile, rows, (device, stream), aligned, shapes, strides, dtypes) of `prepare`; aligned: whether the operands
-# a, a_scale, b and b_scale start at multiples of 16 bytes.
+# Makes the plan of (kind, tile, rows, (device, stream), starts, shapes, strides, dtypes), or None if a layout
+# does not fit; starts: whether a, a_scale, b and b_scale start at multiples of 16 bytes, the others as in
+# `_prepare`.
 PlanOf = Callable[..., Plan | None]
 
 
@@ -195,9 +196,7 @@ def tensor_map(
     )
 
 
-def load(
-    main: str, headers: Mapping[str, str], tile: AnyTile | W4Tile, shared_bytes: int
-) -> tuple[Any, int]:
+def load(main: str, headers: Mapping[str, str], tile: AnyTile | W4Tile, shared_bytes: int) -> tuple[Any, int]:
     """The loaded kernel, compiled if nobody did before, and how many clusters run at once."""
     function = load_kernel(machine_code(main, headers), main.removesuffix(".cu"), shared_bytes)
     config = launch_config(tile.cluster, tile.threads, shared_bytes, 0)

@@ -31,20 +31,22 @@ __device__ __forceinline__ void stage_wave(const float (&acc)[2][SUMS], const Pr
       }
     } else {
       // Four matrices of 8 x 8 at a time: upper and lower sums of two times eight rows.
-      const int row = half * UNIT_M + lane / 16 * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
+      const u32 to = chunk_at(staged, half * UNIT_M + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
 #pragma unroll
       for (int j = 0; j < UNIT_M / 16; ++j) {
         const float* const x = sums + 8 * j;
-        store_matrices_transposed(chunk_at(staged, row, chunk) + j * 16 * OUT_LINE,
-                                  pack(plus(x[0], upper), plus(x[1], upper)), pack(plus(x[2], lower), plus(x[3], lower)),
-                                  pack(plus(x[4], upper), plus(x[5], upper)), pack(plus(x[6], lower), plus(x[7], lower)));
+        store_matrices_transposed(to + j * 16 * OUT_LINE, pack(plus(x[0], upper), plus(x[1], upper)),
+                                  pack(plus(x[2], lower), plus(x[3], lower)),
+                                  pack(plus(x[4], upper), plus(x[5], upper)),
+                                  pack(plus(x[6], lower), plus(x[7], lower)));
       }
     }
   }
 }
 
 // The staged rows before the end of an expert's, when masked: rows after it must not be touched, so no box fits.
-__device__ __forceinline__ void store_ragged(const Problem& problem, const Tile& tile, int n0, int columns, u32 staged) {
+__device__ __forceinline__ void store_ragged(const Problem& problem, const Tile& tile, int n0, int columns,
+                                             u32 staged) {
   const int chunk = threadIdx.x % 8, column = chunk * (16 / OUT_SIZE);
   u8* const out = static_cast<u8*>(problem.out) + (tile.expert * problem.out_expert + n0 + column) * OUT_SIZE;
   for (int row = threadIdx.x % 128 / 8; row < min(tile.rows - tile.m0, BM); row += 16) {

@@ -1,24 +1,25 @@
-// out = (a * a_scale) @ (w * w_scale)^T + bias for many rows of a and four-bit w, on SM90: dense and both grouped forms.
+// out = (a * a_scale) @ (w * w_scale)^T + bias for many rows of a and four-bit w, on SM90: dense and both grouped
+// forms.
 //
 //   a (M, K) E4M3 row-major, a_scale (M, G) column-major, G = ceil(K / 128); words (E, G, N, 16) and w_scale (E, G, N)
 //   as reference/w4.py lays them out; out (M, N) bfloat16 or float32. Masked: a, a_scale and out have a leading E.
 //   Each 128 of K accumulates in float32 in the tensor cores, then acc = fma(partial * w_scale, a_scale, acc).
 //
-// A persistent block computes tiles of BM rows of a by BN of w. One thread feeds a ring of STAGES stages (128 of K each)
-// through the copy engine; WGS math warpgroups take WAVES x 64 rows of w each, and all rows of a. Rows of w are the long
-// side of the tensor cores' instruction, which takes that operand from registers: a thread reads the words of its two
-// rows, and what few instructions make of a word *is* two registers of the operand. Unpacked weights are never written
-// anywhere, which leaves shared memory to the rows of a.
-// The rows of a are multiplied in two halves, so that one half is promoted while the other is multiplied; the other
-// warpgroup hides the unpacking.
+// A persistent block computes tiles of BM rows of a by BN of w. One thread feeds a ring of STAGES stages (128 of K
+// each) through the copy engine; WGS math warpgroups take WAVES x 64 rows of w each, and all rows of a. Rows of w are
+// the long side of the tensor cores' instruction, which takes that operand from registers: a thread reads the words
+// of its two rows, and what few instructions make of a word *is* two registers of the operand. Unpacked weights are
+// never written anywhere, which leaves shared memory to the rows of a.
+// The rows of a are multiplied in two halves: a scale of theirs that is loaded serves all waves, and a half of which no
+// row counts is left out. Warpgroups share nothing but the ring, so one promotes while another multiplies.
 // CLUSTER = 2: two blocks share the rows of a, each loads half for both.
 #include "config.cuh"
 #include "common.cuh"
 #include "wgmma.cuh"
 
 constexpr int BK = 128;
-constexpr int UNIT_M = BM / 2;    // rows of a in one product
-constexpr int SUMS = UNIT_M / 2;  // registers of 64 x UNIT_M
+constexpr int UNIT_M = BM / 2;      // rows of a in one product
+constexpr int SUMS = UNIT_M / 2;    // registers of 64 x UNIT_M
 constexpr int UNIT_N = 64 * WAVES;  // rows of w of a warpgroup
 constexpr int BN = UNIT_N * WGS;
 constexpr bool SHARE_A = true;
@@ -29,7 +30,7 @@ constexpr int MATH_THREADS = WGS * 128;
 constexpr int OUT_SIZE = OUT_F32 ? 4 : 2;
 constexpr int STAGED_WAVES = OUT_F32 ? 1 : WAVES;
 constexpr int STAGED_BYTES = 64 * BM * OUT_SIZE;  // a wave of a warpgroup
-static_assert(BM % 32 == 0 && WAVES <= 2 && BN <= 256, "tile shape");
+static_assert(BM % 32 == 0 && BM <= 128 && WAVES <= 2, "tile shape");
 
 // Rows of an expert, when masked: counts past the end of its rows mean all of them.
 __device__ __forceinline__ int rows_of(const Problem& problem, int expert) {
@@ -81,11 +82,20 @@ __device__ __forceinline__ void feed(const Problem& problem, const Maps& maps, M
   }
 }
 
-// Starts part = w * a over one step of K, of 64 rows of w and UNIT_M rows of a.
-__device__ __forceinline__ void start(float (&part)[SUMS], u32 (&w)[4][4], u64 a) {
-  pin(part);
+// Registers of the operand of 64 rows of w and 128 of K.
+using Operand = u32[4][4];
+
+// Keeps them where they are up to this point: products read them for as long as they run, of which the compiler knows
+// nothing.
+__device__ __forceinline__ void pin(Operand& w) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) pin(w[i]);
+}
+
+// Starts part = w * a over one step of K, of 64 rows of w and UNIT_M rows of a.
+__device__ __forceinline__ void start(float (&part)[SUMS], Operand& w, u64 a) {
+  pin(part);
+  pin(w);
   wgmma_fence();
   wgmma<0>(part, w[0], a);
 #pragma unroll
@@ -125,63 +135,108 @@ struct Multiplier {
         my_w_scale((warpgroup * UNIT_N + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) * 4),
         my_a_scale(threadIdx.x % 4 * 8) {}
 
+  // The operand of a wave of the stage of slot.
+  __device__ __forceinline__ void make(Operand& w, int wave) const {
+    const u32 words = memory.words(slot.stage) + my_words + wave * 64 * LINE;
+    unpack(w, words, memory.w_scale(slot.stage) + my_w_scale + wave * 64 * 4);
+  }
+
+  // Waits for the stage of slot and makes the operand of its first wave.
+  __device__ __forceinline__ void begin(Operand& w) const {
+    barrier_wait(memory.full(slot.stage), slot.phase);
+    make(w, 0);
+  }
+
   // acc += part * w_scale * a_scale for one half of the rows of a.
-  __device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&part)[SUMS], int stage, int wave,
+  __device__ __forceinline__ void promote(float (&acc)[WAVES][2][SUMS], const float (&part)[WAVES][SUMS], int stage,
                                           int half) const {
-    const u32 from_w = memory.w_scale(stage) + my_w_scale + wave * 64 * 4;
-    const u32 from_a = memory.a_scale(stage) + my_a_scale + half * UNIT_M * 4;
-    const float upper = scale_value(load_shared(from_w)), lower = scale_value(load_shared(from_w + 8 * 4));
+    const u32 from_w = memory.w_scale(stage) + my_w_scale, from_a = memory.a_scale(stage) + my_a_scale;
+    float rows[WAVES][2];
+#pragma unroll
+    for (int i = 0; i < WAVES * 2; ++i) {
+      rows[i / 2][i % 2] = scale_value(load_shared(from_w + (i / 2 * 64 + i % 2 * 8) * 4));
+    }
 #pragma unroll
     for (int j = 0; j < UNIT_M / 8; ++j) {
-      const float2 scale = load_shared2(from_a + j * 8 * 4);
+      const float2 scale = load_shared2(from_a + (half * UNIT_M + j * 8) * 4);
 #pragma unroll
-      for (int i = 4 * j; i < 4 * j + 4; ++i) {
-        acc[i] = fmaf(part[i] * (i / 2 % 2 ? lower : upper), i % 2 ? scale.y : scale.x, acc[i]);
+      for (int wave = 0; wave < WAVES; ++wave) {
+#pragma unroll
+        for (int i = 4 * j; i < 4 * j + 4; ++i) {
+          float& sum = acc[wave][half][i];
+          sum = fmaf(part[wave][i] * rows[wave][i / 2 % 2], i % 2 ? scale.y : scale.x, sum);
+        }
       }
     }
   }
 
-  // Adds the products of a stage to acc. meanwhile() is called while the tensor cores work, before acc is used.
+  // Whether any of the second half of a tile's rows counts.
+  __device__ __forceinline__ bool needs_both(const Tile& tile) const {
+    const int second = tile.m0 + UNIT_M;
+    return KIND == 1 ? load_int(problem.layout + second) >= 0 : second < tile.rows;
+  }
+
+  // Adds the products of a stage to acc; w[0] has been made, and is made for the next stage. meanwhile() is called
+  // while the tensor cores work, before acc is used; it tells whether there is a next stage.
   template <class Function>
-  __device__ __forceinline__ void step(float (&acc)[WAVES][2][SUMS], Function&& meanwhile) {
+  __device__ __forceinline__ void step(float (&acc)[WAVES][2][SUMS], Operand (&w)[WAVES], const bool& both,
+                                       Function&& meanwhile) {
     const int stage = slot.stage;
     const u64 a = operand(memory.a(stage));
-    float first[SUMS], second[SUMS];
-    u32 w[4][4];
-    barrier_wait(memory.full(stage), slot.phase);
+    float part[WAVES][SUMS];
+    start(part[0], w[0], a);
+    if constexpr (WAVES == 2) {
+      make(w[1], 1);
+      start(part[1], w[1], a);
+    }
+    const bool another = meanwhile();
+    finish(part, w);
+    promote(acc, part, stage, 0);
+
+    slot.advance();
+    if (both) {
+#pragma unroll
+      for (int wave = 0; wave < WAVES; ++wave) start(part[wave], w[wave], a + (UNIT_M * BK >> 4));
+      wgmma_wait<WAVES - 1>();
+      pin(w[0]);
+      if (another) begin(w[0]);
+      finish(part, w);
+      promote(acc, part, stage, 1);
+    } else if (another) {
+      begin(w[0]);
+    }
+    release(memory.empty(stage));
+  }
+
+  // Waits for the products of all waves.
+  static __device__ __forceinline__ void finish(float (&part)[WAVES][SUMS], Operand (&w)[WAVES]) {
+    wgmma_wait<0>();
 #pragma unroll
     for (int wave = 0; wave < WAVES; ++wave) {
-      unpack(w, memory.words(stage) + my_words + wave * 64 * LINE, memory.w_scale(stage) + my_w_scale + wave * 64 * 4);
-      start(first, w, a);
-      __syncwarp();  // to the compiler, the end of what it may mix with starting the products
-      if (wave > 0) promote(acc[wave - 1][1], second, stage, wave - 1, 1);
-      start(second, w, a + (UNIT_M * BK >> 4));
-      if (wave == 0) meanwhile();
-      wgmma_wait<1>();
-      pin(first);
-      promote(acc[wave][0], first, stage, wave, 0);
-      wgmma_wait<0>();
-      pin(second);
+      pin(part[wave]);
+      pin(w[wave]);
     }
-    promote(acc[WAVES - 1][1], second, stage, WAVES - 1, 1);
-    release(memory.empty(stage));
-    slot.advance();
   }
 
   __device__ __forceinline__ void run() {
     Scheduler scheduler(problem);
     Tile tile, done;
     float acc[WAVES][2][SUMS];
-    bool more = scheduler.take(tile), pending = false;
+    Operand w[WAVES];
+    const int last = problem.steps - 1;
+    bool more = scheduler.take(tile), pending = false, both = true;
+    if (more) begin(w[0]);
     while (more) {
-      step(acc, [&] {
+      step(acc, w, both, [&] {
         if (pending) store_tile(problem, out, done, acc, memory, warpgroup);
         clear(acc);
         done = tile;
+        both = needs_both(tile);
         pending = true;
         more = scheduler.take(tile);
+        return last > 0 || more;
       });
-      for (int k = 1; k < problem.steps; ++k) step(acc, [] {});
+      for (int k = 1; k <= last; ++k) step(acc, w, both, [&] { return k < last || more; });
     }
     if (!pending) return;
     store_tile(problem, out, done, acc, memory, warpgroup);
@@ -190,7 +245,7 @@ struct Multiplier {
 
   static __device__ __forceinline__ void clear(float (&acc)[WAVES][2][SUMS]) {
 #pragma unroll
-    for (int i = 0; i < WAVES * 2 * SUMS; ++i) acc[i / (2 * SUMS)][i / SUMS % 2][i % SUMS] = 0.0f;
+    for (int i = 0; i < WAVES * 2 * SUMS; ++i) acc[i / SUMS / 2][i / SUMS % 2][i % SUMS] = 0.0f;
   }
 };
 

@@ -2,9 +2,10 @@
 
     out[m, n] = sum_g a_scale[m, g] * w_scale[n, g] * (sum_{k in g} a[m, k] * w[n, k]) + bias[n]
 
-Products accumulate in float32 within each 128 of K; then acc = fma(partial * w_scale, a_scale, acc). The kernel
-is `w4a8_gemm.cu`, its tile shapes `w4a8_configs.py`; weights are prepared as in `reference/w4.py`. `launch.py`
-tells how kernels are launched, and that nothing here waits. Arguments have been checked by `w4a8_checks`.
+Products accumulate in float32 within each 128 of K; then acc = fma(partial * w_scale, a_scale, acc). The
+kernel is `w4a8_gemm.cu`, its tile shapes `w4a8_configs.py`; weights are prepared as in `reference/w4.py`.
+`launch.py` tells how kernels are launched, and that nothing here waits. Arguments have been checked by
+`w4a8_checks`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-// From four-bit words in shared memory to E4M3 in the registers of the tensor cores' first operand; reference/w4.py says
-// why these are the same numbers. Included by w4a8_gemm.cu, whose names it uses.
+// From four-bit words in shared memory to E4M3 in the registers of the tensor cores' first operand; reference/w4.py
+// says why these are the same numbers. Included by w4a8_gemm.cu, whose names it uses.
 #pragma once
 
-// Bytes from the first word of 64 rows to what this lane tells load_matrices: 16 bytes of a row of its warp's, where the
-// copy engine put them, which swizzles rows of 64 bytes.
+// Bytes from the first word of 64 rows to what this lane tells load_matrices: 16 bytes of a row of its warp's, where
+// the copy engine put them, which swizzles rows of 64 bytes.
 __device__ __forceinline__ u32 words_of_lane() {
   const int lane = threadIdx.x % 32, row = lane % 8;
   return (threadIdx.x % 128 / 32 * 16 + row) * LINE + ((lane / 8 ^ row / 2) << 4);
