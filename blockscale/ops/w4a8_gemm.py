@@ -26,7 +26,7 @@ from blockscale.reference.w4 import W4Weight
 W4A8Backend = Literal["auto", "dequantized", "triton", "cuda"]
 # Up to so many rows Triton's kernels measured faster on an H100. Of contiguous rows the host does not know
 # how many count, and CUDA C++ is never much slower.
-_FEW_ROWS, _FEW_EXPECTED = 64, 32
+_FEW_ROWS = 32
 _MODULES = {
     "dequantized": "blockscale.ops._dequantized_w4a8",
     "triton": "blockscale.ops._triton.w4a8s",
@@ -131,7 +131,7 @@ def m_grouped_w4a8_gemm_nt_masked(
     """
     out = w4a8_checks.masked_output(a, a_scale, b, masked_m, expected_m, out)
     if out.numel():
-        run = _module(a.device, expected_m > _FEW_EXPECTED, backend).m_grouped_w4a8_gemm_nt_masked
+        run = _module(a.device, expected_m > _FEW_ROWS, backend).m_grouped_w4a8_gemm_nt_masked
         run(a, a_scale, b, masked_m, expected_m, out)
     return out
 
