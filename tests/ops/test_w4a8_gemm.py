@@ -297,9 +297,10 @@ def test_experts_of_the_16b_model(kind, tokens, n, k):
 
 
 @pytest.mark.gpu
-def test_split_k_replays_in_a_graph():
+@pytest.mark.parametrize("m", [16, 100], ids=["split-k", "many"])
+def test_products_replay_in_a_graph(m):
     cuda = torch.device("cuda")
-    a, a_scale = rows_of((16, 7168), cuda)
+    a, a_scale = rows_of((m, 7168), cuda)
     b = weight_of((2112, 7168), "int4", cuda)
     expected = ops.w4a8_gemm_nt(a, a_scale, b)
     out = torch.empty_like(expected)
