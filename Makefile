@@ -51,12 +51,12 @@ bench: $(VENV)/.dev  ## cast rates against a plain copy; benchmarks/bench_conver
 accuracy: $(VENV)/.accuracy  ## table of the README: accuracy in FP8, plain and calibrated (a GPU helps)
 	$(BIN)/python examples/smollm2.py $(BUILD)/smollm2
 	$(BIN)/python benchmarks/wikipedia_text.py $(BUILD)/wikipedia.txt
-	$(SCORE) $(SMOLLM2) --tokens 393216 plain wikipedia=$(BUILD)/wikipedia.txt $(ACCURACY_FLAGS)
+	$(SCORE) $(SMOLLM2) --tokens 393216 --formats float32 ue8m0 int4:g128 mxfp4 plain wikipedia=$(BUILD)/wikipedia.txt $(ACCURACY_FLAGS)
 	@[ -z "$(GUTENBERG)" ] || xz -dc $(GUTENBERG)/train.txt.xz | head -c 20000000 > $(BUILD)/gutenberg.txt
 	@[ -z "$(GUTENBERG)" ] || \
 	  $(SCORE) $(SMOLLM2) --tokens 196608 self+gutenberg=self+$(BUILD)/gutenberg.txt $(ACCURACY_FLAGS)
 	@[ -z "$(TINY)" ] || $(SCORE) --model tiny-deepseek-v3=$(TINY) --text $(GUTENBERG)/val.txt --context 512 \
-	  --limit 160 --tokens 131072 plain gutenberg=$(BUILD)/gutenberg.txt $(ACCURACY_FLAGS)
+	  --limit 160 --tokens 131072 --formats float32 ue8m0 w4a8 mxfp4a8 plain gutenberg=$(BUILD)/gutenberg.txt $(ACCURACY_FLAGS)
 	$(BIN)/python benchmarks/bench_accuracy.py --table --results $(BUILD)/accuracy.jsonl
 
 clean:  ## remove what was built and every cache

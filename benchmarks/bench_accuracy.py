@@ -1,13 +1,14 @@
-"""What FP8 costs in accuracy, rounded plainly and calibrated: perplexity, KL divergence, top-1, by model.
+"""What few bits cost in accuracy, rounded plainly and calibrated: perplexity, KL divergence, top-1, by model.
 
     python benchmarks/bench_accuracy.py plain [NAME=TEXT[+TEXT] ...] --model NAME=FOLDER --text FILE
-        [--context 1024] [--limit N] [--first 32] [--tokens 262144] [--device auto]
+        [--formats float32 ue8m0] [--context 1024] [--limit N] [--first 32] [--tokens 262144] [--device auto]
 
-The model is quantized with float32 and with ue8m0 scales, plainly and calibrated on every NAME=TEXT ("self"
-is what the model writes itself), each verified against its source, and read back by `evaluate` with
-quantized activations: in FP8 arithmetic where the device has it, else emulated. The reference is the BF16
-model on the same tokens; all else is computed in float32. A line for each, over all windows and over the
-first few.
+The model is quantized in every format, plainly and calibrated on every NAME=TEXT ("self" is what the model
+writes itself), each verified against its source, and read back by `evaluate` with quantized activations: in
+FP8 arithmetic where the device has it, else emulated. Formats are FP8 with float32 or ue8m0 scales, a format
+of fewer bits for all linear layers but the head (int4:g128), or the name of a recipe (w4a8). The reference
+is the BF16 model on the same tokens; all else is computed in float32. A line for each, over all windows and
+over the first few.
 Results: benchmarks/results/accuracy.jsonl; `--table` prints the newest of every case as Markdown.
 """
 
@@ -28,26 +29,35 @@ from blockscale.calibrate.checkpoint import CalibratedRounder
 from blockscale.calibrate.text import SELF, Calibration
 from blockscale.checkpoint.convert import RunOptions
 from blockscale.checkpoint.lanes import usable_device
+from blockscale.checkpoint.recipe import PRESETS
 from blockscale.checkpoint.source import open_source
 from blockscale.evaluate.compare import Scores, WindowScore, summarize
 from blockscale.evaluate.loading import Loading
 from blockscale.evaluate.run import Text, evaluate
 from blockscale.evaluate.text import read_text
-from blockscale.formats import ScaleFmt
 from blockscale.model.text import Tokenizer
 from blockscale.testing.bench import append_result, environment
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
-FORMATS: tuple[ScaleFmt, ...] = ("float32", "ue8m0")
+FP8 = ("float32", "ue8m0")  # scales
 PLAIN = "plain"
 
 
 class Case(NamedTuple):
-    """A conversion: scale format, name of the calibration ("plain" for none) and the texts of it."""
+    """A conversion: format, name of the calibration ("plain" for none) and the texts of it."""
 
-    scale_fmt: ScaleFmt
+    format: str
     rounding: str
     texts: tuple[str, ...] = ()
+
+    @property
+    def recipe(self) -> Recipe:
+        """How to quantize."""
+        if self.format in FP8:
+            return Recipe(self.format)
+        if self.format in PRESETS:
+            return PRESETS[self.format]
+        return Recipe(layout="blockscale", precision={"default": self.format})
 
 
 def convert(source: Path, out: Path, case: Case, tokens: int, device: str) -> dict[str, Any]:
@@ -57,7 +67,7 @@ def convert(source: Path, out: Path, case: Case, tokens: int, device: str) -> di
         read = tuple(text if text == SELF else read_text(text) for text in case.texts)
         calibration = Calibration(read, Tokenizer(str(source)).encode, tokens)
         rounder = CalibratedRounder(open_source(str(source)), calibration, device)
-    quantize_checkpoint(source, out, Recipe(case.scale_fmt), run=RunOptions(device=device), rounder=rounder)
+    quantize_checkpoint(source, out, case.recipe, run=RunOptions(device=device), rounder=rounder)
     verified = verify_checkpoint(out, source)
     if not verified.ok:
         raise SystemExit(f"error: {out} does not verify")
@@ -90,15 +100,15 @@ def bf16_row(scores: dict[str, Scores], source: Path) -> dict[str, Any]:
         if each.against is not None
     }
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    return {"scale_fmt": None, "rounding": None, "bytes": size, "windows": perplexities}
+    return {"format": None, "rounding": None, "bytes": size, "windows": perplexities}
 
 
-def cases(roundings: list[str]) -> Iterator[Case]:
-    """Both scale formats, each with every rounding."""
-    for scale_fmt in FORMATS:
+def cases(formats: list[str], roundings: list[str]) -> Iterator[Case]:
+    """All formats, each with every rounding."""
+    for fmt in formats:
         for rounding in roundings:
             name, _, texts = rounding.partition("=")
-            yield Case(scale_fmt, name, tuple(texts.split("+")) if texts else ())
+            yield Case(fmt, name, tuple(texts.split("+")) if texts else ())
 
 
 def run(options: argparse.Namespace) -> None:
@@ -110,12 +120,12 @@ def run(options: argparse.Namespace) -> None:
     def keep(record: dict[str, Any]) -> None:
         setting = {"text": Path(options.text).name, "context": options.context}
         append_result(options.results, {"benchmark": "accuracy", "model": name, **setting, **record, **where})
-        print(json.dumps({key: record[key] for key in ("scale_fmt", "rounding", "windows")}), flush=True)
+        print(json.dumps({key: record[key] for key in ("format", "rounding", "windows")}), flush=True)
 
     device = usable_device(options.device)
-    for number, case in enumerate(cases(options.roundings)):
+    for number, case in enumerate(cases(options.formats, options.roundings)):
         with tempfile.TemporaryDirectory(prefix="blockscale-") as scratch:
-            out = Path(scratch) / "fp8"
+            out = Path(scratch) / "quantized"
             made = convert(source, out, case, options.tokens, device)
             scores = read(out, source, text, options.first, device)
         if number == 0 and case.rounding == PLAIN:
@@ -124,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
         texts = [each if each == SELF else Path(each).name for each in case.texts]
         keep(
             {
-                "scale_fmt": case.scale_fmt,
+                "format": case.format,
                 "rounding": case.rounding,
                 "texts": texts,
                 **made,
@@ -138,14 +148,15 @@ def table(file: Path) -> Iterator[str]:
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        newest[tuple(str(record[key]) for key in ("model", "scale_fmt", "rounding"))] = record
+        newest[tuple(str(record[key]) for key in ("model", "format", "rounding"))] = record
+    models = list(dict.fromkeys(record["model"] for record in newest.values()))
     yield "| model | weights | MB | perplexity | ratio to BF16 | KL, nats | same top token |"
     yield "|---|---|---:|---:|---:|---:|---:|"
-    for record in newest.values():
+    for record in sorted(newest.values(), key=lambda each: models.index(each["model"])):
         kind, scores = "BF16", record["windows"]["all"]
-        if record["scale_fmt"] is not None:
+        if record["format"] is not None:
             how = PLAIN if record["rounding"] == PLAIN else f"calibrated on {record['rounding']}"
-            kind = f"FP8 {record['scale_fmt']}, {how}"
+            kind = f"{'FP8 ' if record['format'] in FP8 else ''}{record['format']}, {how}"
         cells = [
             record["model"],
             kind,
@@ -173,6 +184,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the results and measure nothing")
     parser.add_argument("--model", metavar="NAME=FOLDER")
     parser.add_argument("--text", help="file to read, or wikitext2")
+    parser.add_argument("--formats", nargs="+", default=list(FP8), metavar="FORMAT")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--limit", type=int, help="most windows, spread over the text")
     parser.add_argument("--first", type=int, default=0, help="windows to count apart from the others as well")

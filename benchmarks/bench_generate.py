@@ -39,7 +39,7 @@ from blockscale.model.config import ModelConfig, load_config
 from blockscale.model.decode import decode
 from blockscale.model.generate import generate, prefill
 from blockscale.model.transformer import Transformer
-from blockscale.testing.bench import append_result, environment
+from blockscale.testing.bench import append_result, environment, wait
 from blockscale.testing.random_model import random_model
 
 HERE = Path(__file__).parent
@@ -78,10 +78,10 @@ def prefill_rates(models: dict[str, Transformer], batch: int, lengths: list[int]
     for length in lengths:
         for name, model in models.items():
             prompts = random_prompts(model, batch, length)
-            torch.cuda.synchronize()
+            wait(model.device)
             start = time.perf_counter()
             prefill(model, caches[name], prompts)
-            torch.cuda.synchronize()
+            wait(model.device)
             rates[name].append(batch * length / (time.perf_counter() - start))
     return {name: statistics.median(each[_WARM_ROUNDS:]) for name, each in rates.items()}
 
@@ -101,14 +101,14 @@ def seconds_of_step(model: Transformer, batch: int, context: int, kind: str) -> 
 
 
 @contextmanager
-def counted_experts() -> Iterator[list[int]]:
-    """Experts chosen by each call of the router: routed and shared ones, each counted once."""
+def counted_experts(own: range | None = None) -> Iterator[list[int]]:
+    """Experts chosen by each call of the router, those of `own`; by default all, the shared ones too."""
     counts: list[int] = []
     choose = ops.moe_choose
 
     def counting(*arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         experts, weights = choose(*arguments, **options)
-        counts.append(experts.unique().numel())
+        counts.append(sum(own is None or expert in own for expert in experts.unique().tolist()))
         return experts, weights
 
     ops.moe_choose = counting
@@ -136,36 +136,38 @@ def weight_bytes(model: Transformer) -> int:
     return sum(memory.values())
 
 
-def bytes_of_step(model: Transformer, batch: int, context: int, kind: str) -> int:
-    """Bytes that one step of decoding has to read: weights, chosen experts alone, and cached tokens."""
+def bytes_of_step(model: Transformer, batch: int, context: int, kind: str, own: range | None = None) -> int:
+    """Bytes that one step of decoding has to read: weights, chosen experts alone, and cached tokens.
+
+    own: the routed experts that this model has, if it has not all of them.
+    """
     cache = model.cache(batch, 256)
     tokens = torch.tensor(random_prompts(model, batch, 1, kind), device=model.device)[:, 0]
-    with counted_experts() as counts:
+    with counted_experts(own) as counts:
         decode(model, cache, range(batch), tokens, [1] * batch)
     experts, others = 0, 0
     for path, tensor in tensors_of(model):
-        if tensor.dim() == 3 and ".mlp." in path:  # (E, N, K), in layers of one shape
+        if tensor.dim() >= 3 and ".mlp." in path:  # (E, N, K), or as words; in layers of one shape
             experts += tensor.nbytes // len(tensor)
         elif not any(part in path for part in ("._kv_b.", "._embedding", "._table.")):
             others += tensor.nbytes
-    moe_layers = len(counts)
-    touched = experts // moe_layers * sum(counts)
+    touched = experts * sum(counts) // max(len(counts), 1)
     return others + touched + batch * context * cache.bytes_per_token
 
 
-def copy_rate() -> float:
-    """Bytes a second that a copy of 2 GiB reads and writes."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+def copy_rate(device: torch.device, size: int = 1 << 30) -> float:
+    """Bytes a second that a copy of `size` bytes reads and writes."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = []
-    for _ in range(20):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 2 * source.numel() / statistics.median(times)
+    for _ in range(5):
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(10):
+            target.copy_(source)
+        wait(device)
+        times.append((time.perf_counter() - start) / 10)
+    return 2 * size / statistics.median(times)
 
 
 def check(models: dict[str, Transformer]) -> float:
@@ -230,7 +232,7 @@ def main() -> None:
     models = {name: random_model(config, device, fmt=fmt) for name, fmt in FORMATS.items()}
     record["kl_divergence"] = check(models)
     record["weight_bytes"] = {name: weight_bytes(model) for name, model in models.items()}
-    rate = record["copy_bytes_per_second"] = copy_rate()
+    rate = record["copy_bytes_per_second"] = copy_rate(device)
     print(f"KL {record['kl_divergence']:.4f}, weights {record['weight_bytes']}, copy {rate / 1e12:.2f} TB/s")
     record["prefill_tokens_per_second"] = {
         name: prefill_rates(models, batch, lengths) for name, (batch, lengths) in PREFILL.items()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         quantize_checkpoint,
     )
     from blockscale.checkpoint.inspect import Inspection, inspect_checkpoint
+    from blockscale.checkpoint.lint.run import Lint, lint_checkpoint
     from blockscale.checkpoint.recipe import Recipe
     from blockscale.checkpoint.sizing import Parallelism, SizePlan, plan_checkpoint
     from blockscale.checkpoint.verify import Verification, verify_checkpoint
@@ -32,6 +33,7 @@ _MODULES = {
     "BlockscaleError": "errors",
     "ConversionReport": "checkpoint.convert",
     "Inspection": "checkpoint.inspect",
+    "Lint": "checkpoint.lint.run",
     "Parallelism": "checkpoint.sizing",
     "Recipe": "checkpoint.recipe",
     "RunOptions": "checkpoint.convert",
@@ -40,6 +42,7 @@ _MODULES = {
     "dequantize_checkpoint": "checkpoint.convert",
     "dequantize_weight": "ops",
     "inspect_checkpoint": "checkpoint.inspect",
+    "lint_checkpoint": "checkpoint.lint.run",
     "plan_checkpoint": "checkpoint.sizing",
     "quantize_activation": "ops",
     "quantize_checkpoint": "checkpoint.convert",
@@ -52,6 +55,7 @@ __all__ = [
     "BlockscaleError",
     "ConversionReport",
     "Inspection",
+    "Lint",
     "Parallelism",
     "Recipe",
     "RunOptions",
@@ -61,6 +65,7 @@ __all__ = [
     "dequantize_checkpoint",
     "dequantize_weight",
     "inspect_checkpoint",
+    "lint_checkpoint",
     "plan_checkpoint",
     "quantize_activation",
     "quantize_checkpoint",

@@ -7,8 +7,8 @@ The block FP8 format stores a weight as E4M3 codes and one scale per block,
 with `scale` of shape (ceil(N / block_n), ceil(K / block_k)); the last block of a ragged dimension is the
 remainder. A 3-D tensor of fused experts (E, N, K) has its own blocks in every expert: (E, ceil, ceil).
 On disk the scale is called `<weight>_scale_inv` (DeepSeek layout: despite the name it is the multiplier)
-or `<weight>_scale` (compressed-tensors layout). A checkpoint of the DeepSeek layout has one block size; one
-of compressed-tensors may have several, by module.
+or `<weight>_scale` (compressed-tensors layout). A checkpoint of compressed-tensors may have several block
+sizes, by module; one of any other layout has one.
 
 Sources: DeepSeek-V3 `README_WEIGHTS.md` (format), safetensors README (dtypes), OCP MX v1.0 (E8M0).
 """
@@ -26,13 +26,14 @@ import torch
 from blockscale.errors import BlockscaleError
 
 ScaleFmt = Literal["float32", "ue8m0"]
-Layout = Literal["deepseek", "compressed-tensors", "blockscale"]
+Layout = Literal["deepseek", "compressed-tensors", "w4afp8", "blockscale"]
 
 E4M3_MAX = 448.0
-LAYOUTS: tuple[Layout, ...] = ("deepseek", "compressed-tensors", "blockscale")
+LAYOUTS: tuple[Layout, ...] = ("deepseek", "compressed-tensors", "w4afp8", "blockscale")
 _SCALE_SUFFIX: dict[Layout, str] = {
     "deepseek": "_scale_inv",
     "compressed-tensors": "_scale",
+    "w4afp8": "_scale_inv",
     "blockscale": "_scale_inv",
 }
 # A spelling seen in the wild maps to the real one; an absent or null key means plain float32 scales.

@@ -107,9 +107,9 @@ def llama(
     return Model(_named(shapes, dtype), config, dict(CARRIED))
 
 
-def deepseek_v3(heads: int = 2) -> Model:
+def deepseek_v3(heads: int = 2, hidden: int = 160, width: int = 72) -> Model:
     """Every kind of tensor of DeepSeek-V3: a dense and a sparse layer, and an MTP module as layer 2."""
-    hidden, rank, kv_rank, experts, width, vocabulary = 160, 96, 64, 4, 72, 48
+    rank, kv_rank, experts, vocabulary = 96, 64, 4, 48
     norms = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
     attention = {
         "self_attn.q_a_proj.weight": (rank, hidden),

@@ -21,15 +21,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from blockscale import ops
+from blockscale.calibrate.formats import QuantizedFormat, Rounding, inputs_of_format
 from blockscale.calibrate.layerwise import Place, Roundings, round_layer
-from blockscale.calibrate.rounding import Rounding, Search
+from blockscale.calibrate.rounding import Search
 from blockscale.calibrate.stations import Chunk, Wanted, decoder_layers, first_chunks
 from blockscale.calibrate.text import Calibration, save_whole
 from blockscale.checkpoint.progress import Progress
-from blockscale.checkpoint.rounded import ExpertTokens, add_experts
+from blockscale.checkpoint.rounded import ExpertTokens, add_experts, add_inputs, scale_of_rounded
 from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError, NonFiniteError
-from blockscale.formats import BlockFP8, scale_name
+from blockscale.formats import ScaleFmt
 from blockscale.huggingface.load import load_as_stored
 from blockscale.huggingface.modules import can_quantize
 from blockscale.huggingface.partial import PartialModel, open_partial, parameters_outside, read_tensor
@@ -66,7 +67,9 @@ class CalibratedRounder:
             "sweeps": search.sweeps,
         }
 
-    def run(self, weights: Mapping[str, BlockFP8], folder: Path, progress: Progress) -> None:
+    def run(
+        self, weights: Mapping[str, QuantizedFormat], scale_fmt: ScaleFmt, folder: Path, progress: Progress
+    ) -> None:
         """Write codes and scales of these weights into the folder, a file for every decoder layer.
 
         Raises:
@@ -85,16 +88,17 @@ class CalibratedRounder:
         for number in range(len(layers)):
             mine = targets.get(number, {})
             file = folder / f"layer-{number:05d}.safetensors"
-            known = _read(file, mine) if file.exists() else None
-            wanted = {name: Wanted(weights[each.sources[0]], each.parts) for name, each in mine.items()}
+            known = _read(file, mine, weights) if file.exists() else None
+            wanted = {name: _wanted(weights, each, scale_fmt) for name, each in mine.items()}
             layer = _taken_out(partial, layers, prefix, number)
-            found, tokens = round_layer(layer.to(self._device).float(), chunks, wanted, self._search, known)
+            made = round_layer(layer.to(self._device).float(), chunks, wanted, self._search, known)
             size, needed = _layer_bytes(layer, mine), _inputs(layer, mine)
             del layer  # before the next one is read
-            if known is None and found:
-                for path, counts in tokens.items():
+            if known is None and made.roundings:
+                for path, counts in made.tokens.items():
                     add_experts(folder, _told(number, counts, needed[path]))
-                _write(file, found, mine)
+                add_inputs(folder, _inputs_of_sources(made.amax, mine))
+                _write(file, made.roundings, mine, weights)
             progress.advance(size, len(mine))
 
     def _chunks(self, partial: PartialModel, layers: nn.ModuleList, prefix: str, folder: Path) -> list[Chunk]:
@@ -135,7 +139,7 @@ def _taken_out(partial: PartialModel, layers: nn.ModuleList, prefix: str, number
 
 
 def _targets_of_layers(
-    partial: PartialModel, weights: Mapping[str, BlockFP8], prefix: str
+    partial: PartialModel, weights: Mapping[str, QuantizedFormat], prefix: str
 ) -> dict[int, dict[str, Target]]:
     """Decoder layer -> path of a parameter in it -> what it is made of, of parameters that can be rounded."""
     found: dict[int, dict[str, Target]] = {}
@@ -146,6 +150,12 @@ def _targets_of_layers(
             number, _, name = target.name.removeprefix(f"{prefix}.").partition(".")
             found.setdefault(int(number), {})[name] = target
     return found
+
+
+def _wanted(weights: Mapping[str, QuantizedFormat], target: Target, scale_fmt: ScaleFmt) -> Wanted:
+    """How a parameter is to be rounded; a plan has one format for all that it is made of."""
+    fmt = weights[target.sources[0]]
+    return Wanted(fmt, inputs_of_format(fmt, scale_fmt), target.parts)
 
 
 def _check_tokens(
@@ -200,37 +210,59 @@ def _inputs(layer: nn.Module, targets: Mapping[str, Target]) -> dict[str, int]:
     return widths
 
 
+def _inputs_of_sources(
+    amax: Mapping[tuple[str, int], float], targets: Mapping[str, Target]
+) -> dict[str, float]:
+    """Tensors of the checkpoint that hold experts -> the largest absolute value of their inputs."""
+    found: dict[str, float] = {}
+    for (name, expert), value in amax.items():
+        target = targets[name]
+        merged = len(target.sources) == 1  # one tensor holds all experts
+        parts = slice(0, 1) if merged else slice(expert * target.parts, (expert + 1) * target.parts)
+        for source in target.sources[parts]:
+            found[source] = max(found.get(source, 0.0), value)
+    return found
+
+
 def _told(layer: int, tokens: tuple[int, ...], needed: int) -> ExpertTokens:
     """What the user is told of the experts of a layer."""
     plain = tuple(expert for expert, count in enumerate(tokens) if count < needed)
     return ExpertTokens(layer, len(tokens), min(tokens), median(tokens), needed, plain)
 
 
-def _write(file: Path, found: Roundings, targets: Mapping[str, Target]) -> None:
+def _write(
+    file: Path, found: Roundings, targets: Mapping[str, Target], weights: Mapping[str, QuantizedFormat]
+) -> None:
     """Codes and scales under the names of the checkpoint; all of them or no file."""
     tensors: dict[str, torch.Tensor] = {}
     for name, target in targets.items():
         places = [place for place in found if place.parameter == name]
+        fmt = weights[target.sources[0]]
         merged = len(target.sources) < len(places)  # one tensor holds all experts
         if merged:
             (source,) = target.sources
             tensors[source] = torch.stack([found[place].codes for place in places]).cpu()
-            tensors[scale_name(source)] = torch.stack([found[place].scale for place in places]).cpu()
+            tensors[scale_of_rounded(source, fmt)] = torch.stack(
+                [found[place].scale for place in places]
+            ).cpu()
             continue
         for place, source in zip(places, target.sources if places else (), strict=True):
             tensors[source] = found[place].codes.cpu().contiguous()
-            tensors[scale_name(source)] = found[place].scale.cpu().contiguous()
+            tensors[scale_of_rounded(source, fmt)] = found[place].scale.cpu().contiguous()
     save_whole(tensors, file)
 
 
-def _read(file: Path, targets: Mapping[str, Target]) -> Roundings:
+def _read(file: Path, targets: Mapping[str, Target], weights: Mapping[str, QuantizedFormat]) -> Roundings:
     """What `_write` has written."""
     tensors = load_file(file)
     found: Roundings = {}
     for name, target in targets.items():
         if target.sources[0] not in tensors:
             continue
-        made = [Rounding(tensors[source], tensors[scale_name(source)]) for source in target.sources]
+        fmt = weights[target.sources[0]]
+        made = [
+            Rounding(tensors[source], tensors[scale_of_rounded(source, fmt)]) for source in target.sources
+        ]
         if made[0].codes.dim() == 3:
             ((codes, scale),) = made
             found |= {

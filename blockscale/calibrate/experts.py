@@ -13,15 +13,25 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from blockscale import ops
 from blockscale.calibrate.activations import quantized_inputs
+from blockscale.calibrate.formats import Rounding, round_plainly, values_of
 from blockscale.calibrate.hessian import add_tokens, no_moments
-from blockscale.calibrate.rounding import Rounding, Search, round_weight
+from blockscale.calibrate.rounding import Search, round_weight
 from blockscale.calibrate.stations import Wanted
 from blockscale.huggingface.modules import EXPERT_WEIGHTS, GATE, through_experts
 
-# (parameter, expert, part) -> codes and scale.
-Rounded = dict[tuple[str, int, int], Rounding]
+
+class RoundedExpertWeights(NamedTuple):
+    """What became of the experts of a layer.
+
+    Attributes:
+        roundings: (parameter, expert, part) -> codes and scale.
+        amax: (parameter, expert) -> the largest absolute value of its inputs in the quantized model, before
+            they are quantized; 0 of an expert without tokens.
+    """
+
+    roundings: dict[tuple[str, int, int], Rounding]
+    amax: dict[tuple[str, int], float]
 
 
 class Call(NamedTuple):
@@ -39,7 +49,7 @@ def round_experts(
     calls: Sequence[Call],
     wanted: Mapping[str, Wanted],
     search: Search | None = None,
-) -> Rounded:
+) -> RoundedExpertWeights:
     """Round the experts of a module in place, one after another.
 
     Args:
@@ -48,19 +58,17 @@ def round_experts(
         calls: of all calibration tokens.
         wanted: "gate_up_proj" or "down_proj" -> how it is to be rounded; one that is missing is left alone.
         search: of the rounding.
-
-    Returns:
-        (parameter, expert, part) -> codes and scale.
     """
-    found: Rounded = {}
+    found = RoundedExpertWeights({}, {})
     for expert in range(len(getattr(module, EXPERT_WEIGHTS[0]))):
         x, y = _tokens(calls, expert)
         for name in EXPERT_WEIGHTS:
             before, weight = getattr(original, name)[expert], getattr(module, name)[expert]
             if name in wanted:
-                y = quantized_inputs(y, wanted[name].fmt)
+                found.amax[name, expert] = float(y.abs().max()) if len(y) else 0.0
+                y = quantized_inputs(y, wanted[name].inputs)
                 for part, rounding in enumerate(_round(weight, x, y, wanted[name], search)):
-                    found[name, expert, part] = rounding
+                    found.roundings[name, expert, part] = rounding
             x, y = nn.functional.linear(x, before), nn.functional.linear(y, weight)
             if name == EXPERT_WEIGHTS[0]:
                 x, y = getattr(original, GATE)(x), getattr(module, GATE)(y)
@@ -89,7 +97,7 @@ class RoundedExperts(nn.Module):
 
         def compute(expert: int, y: torch.Tensor) -> torch.Tensor:
             for name in EXPERT_WEIGHTS:
-                y = quantized_inputs(y, self._wanted[name].fmt) if name in self._wanted else y
+                y = quantized_inputs(y, self._wanted[name].inputs) if name in self._wanted else y
                 y = nn.functional.linear(y, getattr(self.experts, name)[expert])
                 y = getattr(self.experts, GATE)(y) if name == EXPERT_WEIGHTS[0] else y
             return y
@@ -115,9 +123,9 @@ def _round(
     found = []
     for part in weight.chunk(wanted.parts):
         if moments is None:
-            rounding = Rounding(*ops.quantize_weight(part.contiguous(), fmt.block_size, fmt.scale_fmt))
+            rounding = round_plainly(part, fmt)
         else:
             rounding = round_weight(part, moments, fmt, search)
-        part.copy_(ops.dequantize_weight(*rounding, fmt.block_size, torch.float32))
+        part.copy_(values_of(rounding, fmt, width))
         found.append(rounding)
     return found

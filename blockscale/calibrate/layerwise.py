@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from blockscale import ops
 from blockscale.calibrate.activations import quantized_inputs
 from blockscale.calibrate.experts import Call, RoundedExperts, count_tokens, round_experts
+from blockscale.calibrate.formats import Rounding, values_of
 from blockscale.calibrate.hessian import add_tokens, no_moments
-from blockscale.calibrate.rounding import Rounding, Search, round_weight
+from blockscale.calibrate.rounding import Search, round_weight
 from blockscale.calibrate.stations import (
     Chunk,
     Wanted,
@@ -56,10 +56,12 @@ class RoundedLayer(NamedTuple):
     Attributes:
         roundings: codes and scale of every matrix.
         tokens: path of routed experts -> tokens that each of them was given.
+        amax: (parameter of routed experts, expert) -> the largest absolute value of its inputs.
     """
 
     roundings: Roundings
     tokens: dict[str, tuple[int, ...]]
+    amax: dict[tuple[str, int], float]
 
 
 @torch.no_grad()
@@ -87,28 +89,31 @@ def round_layer(
         BlockscaleError: a linear layer is called twice, or what round_weight refuses.
     """
     original = copy.deepcopy(layer)
-    found: Roundings = {}
-    tokens: dict[str, tuple[int, ...]] = {}
+    made = RoundedLayer({}, {}, {})
     with _quantizing(layer) as quantize:
         stations = find_stations(original, _there(chunks[0], layer), wanted)
         for number, paths in enumerate(stations):
             mine = {name: each for name, each in wanted.items() if name.rpartition(".")[0] in paths}
             if known is not None:
-                found |= {place: rounding for place, rounding in known.items() if place.parameter in mine}
-                _put(layer, mine, found)
+                made.roundings.update(
+                    (place, rounding) for place, rounding in known.items() if place.parameter in mine
+                )
+                _put(layer, mine, made.roundings)
             else:
                 before, after = (
                     finished_modules(layer, stations[:end], stations[end:]) for end in (number, number + 1)
                 )
                 station = _Station(paths[0], before, after, original, layer)
                 if isinstance(layer.get_submodule(paths[0]), nn.Linear):
-                    found |= _round_linears(station, chunks, mine, search)
+                    made.roundings.update(_round_linears(station, chunks, mine, search))
                 else:
-                    rounded, tokens[paths[0]] = _round_experts(station, chunks, mine, search)
-                    found |= rounded
+                    of_experts = _round_experts(station, chunks, mine, search)
+                    made.roundings.update(of_experts.roundings)
+                    made.tokens.update(of_experts.tokens)
+                    made.amax.update(of_experts.amax)
             quantize(paths, mine)
         _move_on(original, layer, chunks)
-    return RoundedLayer(found, tokens)
+    return made
 
 
 def _move_on(original: nn.Module, layer: nn.Module, chunks: Sequence[Chunk]) -> None:
@@ -153,24 +158,24 @@ def _round_linears(
     station: _Station, chunks: Sequence[Chunk], wanted: Mapping[str, Wanted], search: Search | None
 ) -> Roundings:
     """Round linear layers that are given the same tensor."""
-    layer, fmt = station.layer, next(iter(wanted.values())).fmt
+    layer, inputs = station.layer, next(iter(wanted.values())).inputs
     weight = layer.get_parameter(next(iter(wanted)))
     moments = no_moments(weight.shape[1], weight.device)
     for chunk in chunks:
         (x, *_), (y, *_) = station.inputs(chunk)
-        moments = add_tokens(moments, x, quantized_inputs(y, fmt))
+        moments = add_tokens(moments, x, quantized_inputs(y, inputs))
     found: Roundings = {}
-    for name in wanted:
+    for name, each in wanted.items():
         weight = layer.get_parameter(name)
-        rounding = found[Place(name)] = round_weight(weight, moments, fmt, search)
-        weight.copy_(ops.dequantize_weight(*rounding, fmt.block_size, torch.float32))
+        rounding = found[Place(name)] = round_weight(weight, moments, each.fmt, search)
+        weight.copy_(values_of(rounding, each.fmt, weight.shape[1]))
     return found
 
 
 def _round_experts(
     station: _Station, chunks: Sequence[Chunk], wanted: Mapping[str, Wanted], search: Search | None
-) -> tuple[Roundings, tuple[int, ...]]:
-    """Round the routed experts of the layer; also how many tokens each was given."""
+) -> RoundedLayer:
+    """Round the routed experts of the layer."""
     calls = []
     for chunk in chunks:
         (x, *_), (y, index, *_) = station.inputs(chunk)
@@ -178,8 +183,11 @@ def _round_experts(
     leaves = {name.rpartition(".")[2]: each for name, each in wanted.items()}
     module, twin = (each.get_submodule(station.path) for each in (station.layer, station.original))
     rounded = round_experts(module, twin, calls, leaves, search)
-    found = {Place(f"{station.path}.{leaf}", *where): each for (leaf, *where), each in rounded.items()}
-    return found, count_tokens(calls, len(getattr(module, EXPERT_WEIGHTS[0])))
+    return RoundedLayer(
+        {Place(f"{station.path}.{leaf}", *where): each for (leaf, *where), each in rounded.roundings.items()},
+        {station.path: count_tokens(calls, len(getattr(module, EXPERT_WEIGHTS[0])))},
+        {(f"{station.path}.{leaf}", expert): each for (leaf, expert), each in rounded.amax.items()},
+    )
 
 
 def _put(layer: nn.Module, wanted: Mapping[str, Wanted], roundings: Roundings) -> None:
@@ -188,8 +196,8 @@ def _put(layer: nn.Module, wanted: Mapping[str, Wanted], roundings: Roundings) -
         if place.parameter in wanted:
             each, weight = wanted[place.parameter], layer.get_parameter(place.parameter)
             part = weight if place.expert is None else weight[place.expert].chunk(each.parts)[place.part]
-            made = (rounding.codes.to(weight.device), rounding.scale.to(weight.device))
-            part.copy_(ops.dequantize_weight(*made, each.fmt.block_size, torch.float32))
+            made = Rounding(rounding.codes.to(weight.device), rounding.scale.to(weight.device))
+            part.copy_(values_of(made, each.fmt, part.shape[1]))
 
 
 @contextmanager
@@ -201,10 +209,10 @@ def _quantizing(layer: nn.Module) -> Iterator[Callable[[Sequence[str], Mapping[s
         for path in paths:
             module = layer.get_submodule(path)
             if isinstance(module, nn.Linear):
-                fmt = wanted[f"{path}.weight"].fmt
+                inputs = wanted[f"{path}.weight"].inputs
                 hooks.append(
                     module.register_forward_pre_hook(
-                        lambda _, inputs, fmt=fmt: (quantized_inputs(inputs[0], fmt),)
+                        lambda _, x, inputs=inputs: (quantized_inputs(x[0], inputs),)
                     )
                 )
             else:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from blockscale.calibrate.formats import QuantizedFormat
 from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8
 
@@ -25,11 +26,13 @@ class Wanted:
     """How a parameter is to be rounded.
 
     Attributes:
-        fmt: block size and scale format.
+        fmt: of the weight.
+        inputs: of its inputs, which are quantized in groups of block_k.
         parts: how many matrices with blocks of their own lie in it one below the other.
     """
 
-    fmt: BlockFP8
+    fmt: QuantizedFormat
+    inputs: BlockFP8
     parts: int = 1
 
 
@@ -66,7 +69,7 @@ def find_stations(layer: nn.Module, chunk: Chunk, wanted: Mapping[str, Wanted]) 
     Raises:
         BlockscaleError: a module is called twice.
     """
-    formats: dict[str, BlockFP8] = {name.rpartition(".")[0]: each.fmt for name, each in wanted.items()}
+    formats: dict[str, BlockFP8] = {name.rpartition(".")[0]: each.inputs for name, each in wanted.items()}
     # The tensors are kept, or another one could get the identity of one that is gone.
     found: list[tuple[torch.Tensor, BlockFP8, list[str]]] = []
 

@@ -68,7 +68,10 @@ def declare(
     # All are named: for a fused layer, vLLM would take "Linear" before the names of its parts.
     groups = tuple(BlockGroup(size, tuple(sorted(targets[size]))) for size in ordered)
     fmt = BlockFP8(ordered[0] if ordered else usual, recipe.scale_fmt)
-    return Quantization(recipe.layout, fmt, skip, groups if len(groups) > 1 else (), low_bit_groups(low))
+    lower = low_bit_groups(low)
+    by_name = any(not target.startswith("re:") for group in lower for target in group.targets)
+    several = len(groups) > 1 or (by_name and recipe.layout == "compressed-tensors")
+    return Quantization(recipe.layout, fmt, skip, groups if several else (), lower)
 
 
 def count_sizes(sizes: Iterable[BlockSize]) -> dict[str, int]:

@@ -11,14 +11,16 @@ A code that is one too high or low is beyond it.
 
 Weights that a rounder has rounded (`rounded`) may be several steps away from the source in every value, for
 what one value loses others make up for. Of them the relative error |dequantized - x| / |x| (Frobenius) is
-bounded, by 0.4: rounding to the nearest code leaves 0.026 and calibrated rounding 0.03 to 0.1. It may also
-make up for inputs that other layers have changed: noise half as large as the inputs costs up to 0.23 in all.
+bounded, in FP8 by 0.4: rounding to the nearest code leaves 0.026 and calibrated rounding 0.03 to 0.1. It may
+also make up for inputs that other layers have changed: noise half as large as the inputs costs up to 0.23 in
+all. Of fewer bits more is left: up to 0.28 of 4 bits and 0.54 of 3 bits was seen, bounded by 0.6 and 0.8.
 Scales that are all off by a factor of two cost 0.5 or 1, another weight's codes 1.4.
 What is smaller than that in a single block, `diagnose` finds, and a changed code the checksums.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -32,7 +34,8 @@ from blockscale.checkpoint.decide import FP8, scale_of
 from blockscale.checkpoint.deviation import Deviation
 from blockscale.checkpoint.families import family_of, stored_block_size
 from blockscale.checkpoint.group_compare import deviation_in_groups, from_groups
-from blockscale.checkpoint.groups import low_bit_weights, unpacked_shape
+from blockscale.checkpoint.group_storage import LowBitWeight
+from blockscale.checkpoint.groups import low_bit_weights
 from blockscale.checkpoint.index import CheckpointIndex, TensorEntry, read_index
 from blockscale.checkpoint.model_config import read_config
 from blockscale.checkpoint.plan import signatures
@@ -42,13 +45,12 @@ from blockscale.checkpoint.source import Source, open_source
 from blockscale.checkpoint.strips import Reader, chunks, read_codes, strips
 from blockscale.errors import BlockscaleError, CorruptCheckpointError
 from blockscale.formats import HIGH_PRECISION
-from blockscale.group_spelling import WrittenFormat
 from blockscale.quantization_config import Quantization, parse_quantization_config
 
 # Two float32 roundings (division, product), each up to 2**-19 of the half step, on top of it.
 _ROUNDING_SLACK = 1 + 2.0**-17
-# Relative error of a weight that a rounder has rounded; beyond it something is wrong.
-_CALIBRATED_BOUND = 0.4
+# Relative error of a weight that a rounder has rounded, by its bits; beyond it something is wrong.
+_CALIBRATED_BOUND = {8: 0.4, 4: 0.6, 3: 0.8}
 _EXPONENT_BITS = 0x7F800000
 
 
@@ -66,7 +68,7 @@ class Side:
     """One checkpoint of a comparison: where it is, what it holds, and how its FP8 weights are stored.
 
     Those that are `calibrated` were rounded by a rounder, not to the nearest code; those that are `low` have
-    fewer than 8 bits.
+    fewer than 8 bits, and are found by the names of their codes.
     """
 
     source: Source
@@ -74,7 +76,29 @@ class Side:
     config: dict[str, Any]
     quantization: Quantization | None
     calibrated: frozenset[str] = frozenset()
-    low: Mapping[str, WrittenFormat] = field(default_factory=dict)
+    low: Mapping[str, LowBitWeight] = field(default_factory=dict)
+
+    def weight(self, name: str) -> str:
+        """The weight that a tensor holds, or has the codes of."""
+        return self.low[name].name if name in self.low else name
+
+    @functools.cached_property
+    def holders(self) -> dict[str, TensorEntry]:
+        """Weight -> the tensor that holds it, or its codes; without scales and the like."""
+        return {
+            self.weight(name): entry for name, entry in self.index.tensors.items() if not self.is_scale(name)
+        }
+
+    def is_scale(self, name: str) -> bool:
+        """Whether a tensor is a scale, or something else that is stored beside codes."""
+        return name in self._companions
+
+    @functools.cached_property
+    def _companions(self) -> frozenset[str]:
+        tensors = self.index.tensors
+        fp8 = (scale_of(name, tensors) for name, entry in tensors.items() if entry.dtype == FP8)
+        low = (name for each in self.low.values() for name in each.companions)
+        return frozenset(name for name in (*fp8, *low) if name is not None)
 
     def scale(self, entry: TensorEntry) -> torch.Tensor:
         name = scale_of(entry.name, self.index.tensors)
@@ -108,12 +132,12 @@ def compare(
 ) -> tuple[str | None, TensorError | None]:
     """Compare a tensor with its twin in the source; returns (what is wrong, error of an FP8 weight)."""
     shapes = [
-        unpacked_shape(owner.low[each.name], each.shape) if each.name in owner.low else each.shape
+        owner.low[each.name].storage.shape(each.shape) if each.name in owner.low else each.shape
         for owner, each in ((side, entry), (other, twin))
     ]
     if shapes[0] != shapes[1]:
         return f"shape differs from the source: expected {list(shapes[1])}, got {list(shapes[0])}", None
-    if entry.dtype == twin.dtype:
+    if entry.dtype == twin.dtype and entry.name == twin.name:
         pairs = zip(chunks(entry, reader), chunks(twin, twin_reader), strict=True)
         if not all(torch.equal(a, b) for a, b in pairs):
             return f"differs from the source ({entry.dtype} in both)", None
@@ -153,14 +177,17 @@ def _compare_quantized(
 
 def _judge(entry: TensorEntry, side: Side, found: Deviation) -> tuple[str | None, TensorError | None]:
     message, relative, worst = None, found.relative, found.worst
-    if entry.name in side.calibrated:
-        if not relative <= _CALIBRATED_BOUND:
-            limit = f"a calibrated weight has at most {_CALIBRATED_BOUND:.0%}"
+    name = side.weight(entry.name)
+    if name in side.calibrated:
+        bits = side.low[entry.name].fmt.bits if entry.name in side.low else 8
+        bound = _CALIBRATED_BOUND[bits]
+        if not relative <= bound:
+            limit = f"a calibrated weight of {bits} bits has at most {bound:.0%}"
             message = f"is not the source: relative error {relative:.1%}, {limit}"
     elif not worst <= _ROUNDING_SLACK:
         place = list(found.at[-len(entry.shape) :])
         message = f"is not the source rounded to its codes: error at {place} is {worst:.4g} times half a step"
-    return message, TensorError(entry.name, relative, worst) if math.isfinite(relative + worst) else None
+    return message, TensorError(name, relative, worst) if math.isfinite(relative + worst) else None
 
 
 def _compare_dequantized(

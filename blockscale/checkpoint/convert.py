@@ -25,7 +25,7 @@ from blockscale.checkpoint.recipe import AUTO, Recipe
 from blockscale.checkpoint.rounded import CALIBRATION_KEY, ExpertTokens, Rounder, round_weights, with_rounder
 from blockscale.checkpoint.scan import scan
 from blockscale.checkpoint.source import Source, open_source, resolve
-from blockscale.checkpoint.stage import stage_rest
+from blockscale.checkpoint.stage import input_scales, stage_rest
 from blockscale.checkpoint.strips import nonfinite_of
 from blockscale.checkpoint.tasks import Job
 from blockscale.checkpoint.verify import verify_shard
@@ -71,6 +71,7 @@ class ConversionReport:
         calibrated: weights that were taken over from a rounder.
         calibration_tokens: that it rounded them on; 0 where it does not say.
         calibrated_experts: how many of these tokens the experts of each layer were given.
+        input_scales: of the layout w4afp8: how many were "calibrated", and how many are 1.0 by "default".
     """
 
     source: str
@@ -90,6 +91,7 @@ class ConversionReport:
     group_formats: dict[str, int] = field(default_factory=dict)
     calibration_tokens: int = 0
     calibrated_experts: tuple[ExpertTokens, ...] = ()
+    input_scales: dict[str, int] = field(default_factory=dict)
 
 
 def quantize_checkpoint(
@@ -206,6 +208,7 @@ def run_plan(
         calibrated=0 if job.rounded is None else len(job.rounded.weights),
         calibration_tokens=plan.options.get(CALIBRATION_KEY, {}).get("tokens", 0),
         calibrated_experts=() if job.rounded is None else job.rounded.experts,
+        input_scales={} if complete else input_scales(plan, job.rounded),
     )
 
 

@@ -14,13 +14,8 @@ from typing import Any, Literal
 
 from blockscale.checkpoint.blocks import BlockSize, block_sizes, count_sizes, declare
 from blockscale.checkpoint.families import Family, family_of, stored_block_size
-from blockscale.checkpoint.groups import (
-    check_group_scale,
-    check_groups,
-    group_formats,
-    group_scale_name,
-    low_bit_weights,
-)
+from blockscale.checkpoint.group_storage import LowBitWeight, check_companions
+from blockscale.checkpoint.groups import check_experts, check_groups, group_formats, low_bit_weights
 from blockscale.checkpoint.names import check_patterns, keep_reason, matches, role_of, sharing_groups
 from blockscale.checkpoint.precision import check_followed
 from blockscale.checkpoint.recipe import Recipe
@@ -44,6 +39,7 @@ class Decision:
         scale: names the tensor that dequantizes it.
         block_size: of what becomes FP8, or of FP8 is dequantized, over (out, in) features.
         group: the format of what gets, or has, fewer than 8 bits.
+        low: the weight that these codes are of, where fewer than 8 bits are dequantized.
     """
 
     action: Action
@@ -51,6 +47,7 @@ class Decision:
     scale: str | None = None
     block_size: BlockSize | None = None
     group: WrittenFormat | None = None
+    low: LowBitWeight | None = None
 
 
 @dataclass(frozen=True)
@@ -122,16 +119,19 @@ def decide_quantize(
         remedy = "set something to fp8" if recipe.precision.entries else "widen --include, narrow --exclude"
         raise BlockscaleError("no tensor would be quantized", remedy=remedy)
     warnings += _head_warning(decisions)
-    _refuse_fused_in_compressed_tensors(decisions, tensors, recipe)
+    _refuse_fused_experts(decisions, tensors, recipe)
     kept = [name for name, decision in decisions.items() if decision.action == "copy"]
     skip = skip_list(kept, tensors)
     quantized = [name for name, decision in decisions.items() if decision.action == "quantize"]
     groups = group_formats(quantized, recipe)
-    check_groups(groups, tensors, family)
     sizes, told = block_sizes([name for name in quantized if name not in groups], recipe, chosen or {})
     decisions |= {name: replace(decisions[name], block_size=size) for name, size in sizes.items()}
     decisions |= {name: replace(decisions[name], group=group) for name, group in groups.items()}
-    return Decisions(decisions, skip, (*warnings, *told), declare(sizes, groups, recipe, skip))
+    declared = declare(sizes, groups, recipe, skip)
+    if recipe.layout == "w4afp8":
+        check_experts(groups, quantized, kept)
+    check_groups(groups, tensors, family, recipe.layout)
+    return Decisions(decisions, skip, (*warnings, *told), declared)
 
 
 def decide_dequantize(
@@ -166,6 +166,7 @@ def decide_dequantize(
         )
     decisions: dict[str, Decision] = {}
     warnings: list[str] = []
+    of_groups = _of_groups(low, tensors)
     for name, (dtype, _) in tensors.items():
         weight = scaled_weight_name(name)
         if dtype == FP8:
@@ -175,13 +176,11 @@ def decide_dequantize(
                 if scale
                 else Decision("copy", "no scale")
             )
-        elif name in low:
-            check_group_scale(name, low[name], tensors)
-            reason = f"{spell_group_format(low[name])} with scales"
-            decisions[name] = Decision("dequantize", reason, group_scale_name(name), group=low[name])
+        elif name in of_groups:
+            decisions[name] = of_groups[name]
         elif weight is not None and weight in tensors:
             decisions[name] = Decision("drop", f"scale of {weight}")
-            if tensors[weight][0] != FP8 and weight not in low:
+            if tensors[weight][0] != FP8:
                 warnings.append(f"{name}: scale of a weight that is not FP8 ({tensors[weight][0]}); dropped")
         else:
             decisions[name] = Decision("copy", "not quantized")
@@ -206,6 +205,17 @@ def decide_dequantize(
     return result
 
 
+def _of_groups(low: Mapping[str, LowBitWeight], tensors: Mapping[str, Signature]) -> dict[str, Decision]:
+    """Codes of fewer than 8 bits are dequantized, and all that is stored beside them is used up."""
+    decisions = {}
+    for name, own in low.items():
+        check_companions(own, tensors)
+        reason = f"{spell_group_format(own.fmt)} with scales"
+        decisions[name] = Decision("dequantize", reason, own.scale, group=own.fmt, low=own)
+        decisions |= {each: Decision("drop", f"belongs to {name}") for each in own.companions}
+    return decisions
+
+
 def _refuse_quantized(tensors: Mapping[str, Signature], config: dict[str, Any]) -> None:
     entry = next((config[key] for key in QUANTIZATION_KEYS if config.get(key)), None)
     low = {DTYPE_NAMES[d] for d in DTYPE_NAMES if d.itemsize == 1 and d.is_floating_point} | {
@@ -219,7 +229,7 @@ def _refuse_quantized(tensors: Mapping[str, Signature], config: dict[str, Any]) 
         method = (entry or {}).get("quant_method")
         got = f"quant_method {method!r}" if entry else f"{found or packed}"
         ours = (
-            method in ("fp8", "compressed-tensors", OWN_METHOD)
+            method in ("fp8", "compressed-tensors", "w4afp8", OWN_METHOD)
             if entry
             else found and tensors[found][0] == FP8
         )
@@ -273,15 +283,15 @@ def _share_precision(decisions: dict[str, Decision]) -> list[str]:
     return warnings
 
 
-def _refuse_fused_in_compressed_tensors(
+def _refuse_fused_experts(
     decisions: dict[str, Decision], tensors: Mapping[str, Signature], recipe: Recipe
 ) -> None:
-    if recipe.layout != "compressed-tensors":
+    if recipe.layout not in ("compressed-tensors", "w4afp8"):
         return
     for name, decision in decisions.items():
         if decision.action == "quantize" and len(tensors[name][1]) == 3:
             raise BlockscaleError(
-                "the compressed-tensors layout has no place for fused 3-D experts",
+                f"the {recipe.layout} layout has no place for fused 3-D experts",
                 where=name,
                 remedy="use --layout deepseek, or --exclude '*.experts.*'",
             )

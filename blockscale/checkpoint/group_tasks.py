@@ -15,7 +15,6 @@ from blockscale.checkpoint.lanes import STRIP_VALUES, Part, Tensors, Work, throu
 from blockscale.checkpoint.plan import Task
 from blockscale.checkpoint.strips import Reader, Span, dtype_of, nonfinite_of, read_into, spans, strips
 from blockscale.errors import NonFiniteError
-from blockscale.formats import SAFETENSORS_DTYPES
 from blockscale.group_formats import packed_width
 
 if TYPE_CHECKING:
@@ -68,10 +67,9 @@ def dequantized_from_groups(
     task: Task, reader: Reader, grid: torch.Tensor, job: Job, dtype: torch.dtype
 ) -> _Strips:
     """Weights (rows, K), strip by strip; finite scales and codes make no other values."""
-    assert task.group is not None
-    assert task.scale is not None
-    stored = SAFETENSORS_DTYPES[task.scale.dtype]
-    for span, codes in strips(task.source, reader):
-        scale = grid[span.expert, span.row : span.row + span.rows].to(stored)
-        width = task.outputs[0].shape[-1]
-        yield span, ops.dequantize_group(codes, scale, task.group, width, dtype, threads=1)
+    assert task.low is not None
+    fmt, width = task.low.fmt, task.outputs[0].shape[-1]
+    for span, stored in strips(task.source, reader):
+        scale = grid[span.expert, span.row : span.row + span.rows].to(fmt.scale_dtype)
+        codes = task.low.storage.packed(stored, width)
+        yield span, ops.dequantize_group(codes, scale, fmt, width, dtype, threads=1)

@@ -1,10 +1,6 @@
 """Weights of fewer than 8 bits: which format each has, whether its shape allows it, how config.json names it.
 
-Such a weight (N, K), or (E, N, K) of fused experts, is stored as `group_formats` packs it, with one scale for
-every row and group:
-
-    <name>         uint8 (..., N, bytes of a row)
-    <name>_scale   bfloat16 or, of powers of two, float8_e8m0fnu (..., N, ceil(K / group))
+How such a weight (N, K), or (E, N, K) of fused experts, is stored, `group_storage` says.
 """
 
 from __future__ import annotations
@@ -13,16 +9,16 @@ import re
 from collections.abc import Iterable, Mapping
 
 from blockscale.checkpoint.families import Family
+from blockscale.checkpoint.group_storage import LowBitWeight, group_storage, is_expert, values_in_unit
 from blockscale.checkpoint.names import sharing_groups
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.checkpoint.skip_list import Signature
-from blockscale.errors import BlockscaleError, MissingScaleError
-from blockscale.formats import DTYPE_NAMES, module_path
-from blockscale.group_formats import group_scale_shape, packed_shape, packed_width
+from blockscale.errors import BlockscaleError
+from blockscale.formats import Layout, module_path
 from blockscale.group_spelling import WrittenFormat, spell_group_format
 from blockscale.quantization_config import LowBitGroup, Quantization
 
-PACKED = "U8"
+_CODES = ("U8", "I8", "I32")
 _EXPERT = re.compile(r"(.*\.experts\.)\d+(\..*)")
 
 
@@ -50,9 +46,9 @@ def group_formats(names: Iterable[str], recipe: Recipe) -> dict[str, WrittenForm
 
 
 def check_groups(
-    groups: Mapping[str, WrittenFormat], tensors: Mapping[str, Signature], family: Family
+    groups: Mapping[str, WrittenFormat], tensors: Mapping[str, Signature], family: Family, layout: Layout
 ) -> None:
-    """Refuse weights whose rows are not whole bytes, and experts that are stored the other way round.
+    """Refuse rows that are not whole bytes or groups, and experts that are stored the other way round.
 
     Raises:
         BlockscaleError: as said.
@@ -74,68 +70,50 @@ def check_groups(
                 got=shape[-1],
                 remedy="leave it in FP8",
             )
+        storage = group_storage(layout, fmt)
+        if storage.whole and shape[-1] % fmt.group_size:
+            raise BlockscaleError(
+                f"rows of {spelled} are not whole groups, as the {layout} layout has them",
+                where=name,
+                expected=f"a multiple of {fmt.group_size} inputs",
+                got=shape[-1],
+                remedy="use --layout blockscale",
+            )
 
 
-def values_in_unit(fmt: WrittenFormat) -> int:
-    """Values that fill whole bytes."""
-    return 8 if fmt.bits == 3 else 2
+def check_experts(groups: Mapping[str, WrittenFormat], quantized: Iterable[str], kept: Iterable[str]) -> None:
+    """Refuse what SGLang's w4afp8 kernels have no place for: they run all routed experts, and nothing else.
 
-
-def stored_shapes(
-    fmt: WrittenFormat, shape: tuple[int, ...]
-) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of the codes and of the scales of a weight of this shape, as safetensors has them."""
-    scale = DTYPE_NAMES[fmt.scale_dtype]
-    return (PACKED, packed_shape(shape, fmt)), (scale, group_scale_shape(shape, fmt))
-
-
-def group_scale_name(weight: str) -> str:
-    """Name of the scales stored beside a weight of fewer than 8 bits."""
-    return f"{weight}_scale"
+    Raises:
+        BlockscaleError: another weight of fewer than 8 bits, or an expert of 8 or 16.
+    """
+    plain = [name for name in (*quantized, *kept) if is_expert(name) and name not in groups]
+    for name in (*(name for name in groups if not is_expert(name)), *plain):
+        raise BlockscaleError(
+            "the w4afp8 layout has INT4 in all routed experts and nowhere else",
+            where=name,
+            expected="int4:g128" if is_expert(name) else "fp8 or bf16",
+            got=spell_group_format(groups[name]) if name in groups else "fp8 or bf16",
+            remedy="use --layout blockscale or compressed-tensors",
+        )
 
 
 def low_bit_weights(
     tensors: Mapping[str, Signature], quantization: Quantization | None
-) -> dict[str, WrittenFormat]:
-    """The weights of a checkpoint that have fewer than 8 bits, by its config.json and their dtype."""
+) -> dict[str, LowBitWeight]:
+    """The weights of a checkpoint that have fewer than 8 bits, by the names of their codes."""
+    found: dict[str, LowBitWeight] = {}
     if quantization is None or not quantization.low:
-        return {}
-    packed = (name for name, (dtype, _) in tensors.items() if dtype == PACKED)
-    formats = {name: quantization.group_format_of(name) for name in packed}
-    return {name: fmt for name, fmt in formats.items() if fmt is not None}
-
-
-def unpacked_shape(fmt: WrittenFormat, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape (..., N, K) of the weight whose codes have this shape, as safetensors has it.
-
-    Raises:
-        BlockscaleError: no whole number of values.
-    """
-    unit = values_in_unit(fmt)
-    units, rest = divmod(shape[-1], packed_width(unit, fmt.bits))
-    if len(shape) not in (2, 3) or rest:
-        raise BlockscaleError(f"no codes of {spell_group_format(fmt)}", got=f"shape {list(shape)}")
-    return (*shape[:-1], units * unit)
-
-
-def check_group_scale(name: str, fmt: WrittenFormat, tensors: Mapping[str, Signature]) -> None:
-    """Refuse codes without scales, or with such as do not belong to them.
-
-    Raises:
-        MissingScaleError: there are none.
-        BlockscaleError: another dtype or shape than the format says.
-    """
-    scale = group_scale_name(name)
-    if scale not in tensors:
-        raise MissingScaleError(
-            f"{spell_group_format(fmt)} weight without scales", where=name, expected=f"{scale} beside it"
-        )
-    expected = stored_shapes(fmt, unpacked_shape(fmt, tensors[name][1]))[1]
-    if tensors[scale] != expected:
-        spelled, got = (f"{dtype} {list(shape)}" for dtype, shape in (expected, tensors[scale]))
-        raise BlockscaleError(
-            f"scales do not fit {spell_group_format(fmt)}", where=scale, expected=spelled, got=got
-        )
+        return found
+    suffix = "_packed" if quantization.layout == "compressed-tensors" else ""
+    for name, (dtype, _) in tensors.items():
+        if dtype not in _CODES or not name.endswith(suffix):
+            continue
+        fmt = quantization.group_format_of(name.removesuffix(suffix))
+        storage = None if fmt is None else group_storage(quantization.layout, fmt)
+        if storage is not None and storage.codes_dtype == dtype:
+            found[name] = LowBitWeight(name.removesuffix(suffix), storage)
+    return found
 
 
 def low_bit_groups(formats: Mapping[str, WrittenFormat]) -> tuple[LowBitGroup, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from blockscale.checkpoint.decide import FP8, scale_of
 from blockscale.checkpoint.families import family_of
-from blockscale.checkpoint.groups import PACKED, group_scale_name, low_bit_weights, unpacked_shape
+from blockscale.checkpoint.group_storage import LowBitWeight
+from blockscale.checkpoint.groups import low_bit_weights
 from blockscale.checkpoint.index import CheckpointIndex, read_index
 from blockscale.checkpoint.model_config import read_config
 from blockscale.checkpoint.names import role_of
@@ -20,7 +21,6 @@ from blockscale.checkpoint.scales import read_scale
 from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import CorruptCheckpointError
 from blockscale.formats import scaled_weight_name
-from blockscale.group_spelling import WrittenFormat
 from blockscale.quantization_config import Quantization
 from blockscale.reference import is_power_of_two
 
@@ -102,13 +102,6 @@ def scale_names(index: CheckpointIndex) -> list[str]:
     return [name for name in found if name is not None]
 
 
-def packed_scale_names(index: CheckpointIndex) -> list[str]:
-    """Names of the tensors that are scales of weights of fewer than 8 bits."""
-    tensors = index.tensors
-    packed = (group_scale_name(name) for name, entry in tensors.items() if entry.dtype == PACKED)
-    return [name for name in packed if name in tensors]
-
-
 def scale_value_problems(scale: Any, name: str, quantization: Quantization | None) -> list[Problem]:
     """What the values of a scale contradict: `scale_fmt: ue8m0` promises powers of two."""
     if quantization is None or quantization.fmt.scale_fmt != "ue8m0" or bool(is_power_of_two(scale).all()):
@@ -133,14 +126,15 @@ def _look_at_scales(
     return powers, problems
 
 
-def _count(index: CheckpointIndex, scales: list[str], low: Mapping[str, WrittenFormat]) -> list[Count]:
+def _count(index: CheckpointIndex, scales: list[str], low: Mapping[str, LowBitWeight]) -> list[Count]:
     totals: dict[tuple[str, str], list[int]] = {}
-    known = {*scales, *packed_scale_names(index)}
+    known = {name: scaled_weight_name(name) for name in scales}
+    known |= {name: each.name for each in low.values() for name in each.companions}
     for name, entry in index.tensors.items():
-        weight = scaled_weight_name(name) if name in known else None
+        weight = known.get(name)
         key = role_of(weight or name), "scale" if weight else entry.dtype
         total = totals.setdefault(key, [0, 0, 0])
         total[0] += 1
-        total[1] += math.prod(unpacked_shape(low[name], entry.shape) if name in low else entry.shape)
+        total[1] += math.prod(low[name].storage.shape(entry.shape) if name in low else entry.shape)
         total[2] += entry.nbytes
     return [Count(*key, *total) for key, total in sorted(totals.items(), key=lambda item: -item[1][2])]

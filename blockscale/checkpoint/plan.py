@@ -16,7 +16,7 @@ from typing import Any, Literal
 from blockscale.checkpoint.block_choice import BlockChoice
 from blockscale.checkpoint.decide import FP8, Decisions, Signature, decide_dequantize, decide_quantize
 from blockscale.checkpoint.families import Family, family_of
-from blockscale.checkpoint.groups import group_scale_name, stored_shapes, unpacked_shape
+from blockscale.checkpoint.group_storage import LowBitWeight, group_storage
 from blockscale.checkpoint.index import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -77,10 +77,10 @@ class Task:
         action: "quantize" and "requantize" (FP8 to FP8, on another grid) give codes and scale, "dequantize"
             and "copy" give one tensor.
         source: what is read.
-        outputs: what is written, codes before scale.
+        outputs: what is written, codes before scale before what else belongs to a weight.
         scale: the scale that is read along when dequantizing or requantizing.
         block_size: (rows, columns) that share a scale of FP8, on the axes as stored.
-        group: the format of fewer than 8 bits that is written or read.
+        low: the weight of fewer than 8 bits that is written or read.
         window: the part that is copied or requantized, if not all.
     """
 
@@ -89,8 +89,13 @@ class Task:
     outputs: tuple[OutputTensor, ...]
     scale: TensorEntry | None = None
     block_size: tuple[int, int] = (0, 0)
-    group: WrittenFormat | None = None
+    low: LowBitWeight | None = None
     window: Window | None = None
+
+    @property
+    def group(self) -> WrittenFormat | None:
+        """The format of fewer than 8 bits that is written or read."""
+        return None if self.low is None else self.low.fmt
 
     @property
     def input_bytes(self) -> int:
@@ -207,11 +212,10 @@ def plan_quantize(
         decision = decisions.by_name[entry.name]
         if decision.action == "copy":
             return _copy(entry)
-        made = _group_task(entry, decision.group) if decision.group else _block_task(entry, decisions, family)
-        if made.outputs[1].name in index.tensors:
-            raise CorruptCheckpointError(
-                "name is taken by a tensor of the source", where=made.outputs[1].name
-            )
+        made = _group_task(entry, decisions) if decision.group else _block_task(entry, decisions, family)
+        for output in made.outputs:
+            if output.name in index.tensors and output.name != entry.name:
+                raise CorruptCheckpointError("name is taken by a tensor of the source", where=output.name)
         return made
 
     assert decisions.quantization is not None
@@ -249,9 +253,10 @@ def plan_dequantize(
         if decision.scale is None:
             return _copy(entry)
         scale = index.tensors[decision.scale]
-        if decision.group is not None:
-            output = OutputTensor(entry.name, dtype, unpacked_shape(decision.group, entry.shape))
-            return Task("dequantize", entry, (output,), scale, group=decision.group)
+        if decision.low is not None:
+            low = decision.low
+            output = OutputTensor(low.name, dtype, low.storage.shape(entry.shape))
+            return Task("dequantize", entry, (output,), scale, low=low)
         output = OutputTensor(entry.name, dtype, entry.shape)
         stored = decisions.stored_block_size(entry.name, entry.shape, family)
         return Task("dequantize", entry, (output,), scale, block_size=stored)
@@ -276,10 +281,15 @@ def _block_task(entry: TensorEntry, decisions: Decisions, family: Family) -> Tas
     return Task("quantize", entry, (codes, scale), block_size=block)
 
 
-def _group_task(entry: TensorEntry, group: WrittenFormat) -> Task:
-    codes, scale = stored_shapes(group, entry.shape)
-    outputs = (OutputTensor(entry.name, *codes), OutputTensor(group_scale_name(entry.name), *scale))
-    return Task("quantize", entry, outputs, group=group)
+def _group_task(entry: TensorEntry, decisions: Decisions) -> Task:
+    group, quantization = decisions.by_name[entry.name].group, decisions.quantization
+    assert group is not None
+    assert quantization is not None
+    low = LowBitWeight(entry.name, group_storage(quantization.layout, group))
+    codes, scale = low.storage.signatures(entry.shape)
+    more = low.storage.more_signatures(entry.name)
+    stored = {low.codes: codes, low.scale: scale, **more}
+    return Task("quantize", entry, tuple(OutputTensor(name, *each) for name, each in stored.items()), low=low)
 
 
 def _copy(entry: TensorEntry) -> Task:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from blockscale.checkpoint.decide import FP8, SCALE_DTYPES, Signature, scale_of
 from blockscale.checkpoint.families import family_of, stored_block_size
 from blockscale.checkpoint.group_problems import group_problems
-from blockscale.checkpoint.groups import PACKED, low_bit_weights
+from blockscale.checkpoint.group_storage import LowBitWeight
+from blockscale.checkpoint.groups import low_bit_weights
 from blockscale.checkpoint.index import CheckpointIndex
 from blockscale.checkpoint.model_config import kept_fp8
 from blockscale.checkpoint.names import keep_reason, role_of, sharing_groups
@@ -22,7 +23,7 @@ from blockscale.checkpoint.problem import Problem
 from blockscale.checkpoint.skip_list import skip_entry
 from blockscale.errors import BlockscaleError
 from blockscale.formats import module_path, scale_name, scale_shape, scaled_weight_name, spell_block_size
-from blockscale.group_spelling import WrittenFormat, spell_group_format
+from blockscale.group_spelling import spell_group_format
 from blockscale.quantization_config import Quantization, parse_quantization_config
 
 _RAW = "raw FP8 without a scale, kept on request: not usable as a weight"
@@ -54,6 +55,7 @@ def structural_problems(
         problems.append(Problem("error", "config.json", text))
         return quantization, problems
     problems += _scale_problems(tensors, fp8, quantization, config)
+    problems += _stray_scales(tensors, low)
     problems += group_problems(tensors, quantization, low)
     problems += _precision_problems(tensors, quantization, low)
     problems += _skip_list_problems(tensors, quantization, config)
@@ -92,9 +94,16 @@ def _scale_problems(
             problems.append(Problem("error", scale, text))
         if dtype not in SCALE_DTYPES:
             problems.append(Problem("error", scale, f"scale has dtype {dtype}"))
+    return problems
+
+
+def _stray_scales(tensors: Mapping[str, Signature], low: Mapping[str, LowBitWeight]) -> list[Problem]:
+    problems, companions = [], {name for each in low.values() for name in each.companions}
     for name in tensors:
         weight = scaled_weight_name(name)
-        if weight is not None and weight in tensors and tensors[weight][0] not in (FP8, PACKED):
+        if name in companions:
+            continue
+        if weight is not None and weight in tensors and tensors[weight][0] not in (FP8, "U8"):
             problems.append(
                 Problem("error", name, f"scale of a weight that is {tensors[weight][0]}, not FP8")
             )
@@ -104,21 +113,21 @@ def _scale_problems(
 
 
 def _precision_problems(
-    tensors: Mapping[str, Signature], quantization: Quantization, low: Mapping[str, WrittenFormat]
+    tensors: Mapping[str, Signature], quantization: Quantization, low: Mapping[str, LowBitWeight]
 ) -> list[Problem]:
     problems = []
-    spelled = {name: spell_group_format(fmt) for name, fmt in low.items()}
+    spelled = {each.name: spell_group_format(each.fmt) for each in low.values()}
     spelled |= {name: "FP8" for name, (dtype, _) in tensors.items() if dtype == FP8}
     for name, kind in spelled.items():
         role = role_of(name)
         if role in _NOT_FP8:
             severity: Literal["error", "warning"] = "warning" if role == "head" else "error"  # on request
             problems.append(Problem(severity, name, f"{role} is {kind}; engines keep it in high precision"))
-    for group in sharing_groups(tensors):
+    for group in sharing_groups(low[name].name if name in low else name for name in tensors):
         other = next((name for name in group if name in spelled), None)
         if other is None:
             continue
-        kinds = {name: spelled.get(name, tensors[name][0]) for name in group}
+        kinds = {name: spelled.get(name) or tensors[name][0] for name in group}
         one = next((name for name in group if kinds[name] != kinds[other]), None)
         if one is not None:
             text = f"is {kinds[one]} but {other} is {kinds[other]}; engines fuse the two"
@@ -159,7 +168,9 @@ def _skip_list_problems(
         text = f"{len(unlisted)} unquantized modules are not on the skip list, such as {unlisted[0]}: "
         text += "engines that go by the list alone will look for their scales"
         problems.append(Problem("warning", "config.json", text))
-    modules = {module_path(name) for name in tensors} | {name.rpartition(".")[0] for name in tensors}
+    modules = {module_path(name.removesuffix("_packed")) for name in tensors} | {
+        name.rpartition(".")[0] for name in tensors
+    }
     for entry in sorted(skip - modules - {"lm_head"}):
         if not entry.startswith("re:"):
             problems.append(Problem("warning", "config.json", f"skip list entry {entry!r} names no module"))

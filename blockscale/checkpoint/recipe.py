@@ -38,8 +38,8 @@ class Recipe:
         scale_fmt: "float32", or "ue8m0" for scales that are powers of two.
         block_size: rows and columns that share a scale, as (128, 128) or "128x128"; "auto" chooses them by
             the values of the weights. A precision "fp8:64x64" has its own.
-        layout: "deepseek" (weight_scale_inv), "compressed-tensors" (weight_scale), or "blockscale", which has
-            a place for weights of fewer than 8 bits.
+        layout: "deepseek" (weight_scale_inv), "compressed-tensors" (weight_scale), "w4afp8" (SGLang's, with
+            INT4 experts), or "blockscale". All but the first have a place for fewer than 8 bits.
         include: if given, only tensors whose name or module path matches one of these patterns are quantized.
         exclude: tensors that match one of these patterns keep their precision.
         precision: of what is left, by role and pattern, as a `Precision` or {"experts": "fp8"}. If it names

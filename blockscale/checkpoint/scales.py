@@ -7,19 +7,27 @@ import math
 import torch
 
 from blockscale.checkpoint.decide import SCALE_DTYPES
+from blockscale.checkpoint.group_storage import PACKED, GroupStorage
 from blockscale.checkpoint.index import TensorEntry
 from blockscale.checkpoint.source import Source
 from blockscale.errors import CorruptCheckpointError
 from blockscale.formats import SAFETENSORS_DTYPES
 
 
-def read_scale(entry: TensorEntry, source: Source) -> torch.Tensor:
+def read_scale(entry: TensorEntry, source: Source, storage: GroupStorage | None = None) -> torch.Tensor:
     """Read a scale from whatever shard holds it, as float32.
+
+    Args:
+        entry: of the scale.
+        source: of the checkpoint.
+        storage: of a weight of fewer than 8 bits; some have bytes that are E8M0.
 
     Raises:
         CorruptCheckpointError: a wrong dtype, or a scale that is not a positive finite number.
     """
+    as_bytes = storage is not None and entry.dtype == storage.scale_dtype == PACKED
     dtype = SAFETENSORS_DTYPES[entry.dtype] if entry.dtype in SCALE_DTYPES else None
+    dtype = torch.float8_e8m0fnu if as_bytes else dtype
     if dtype is None:
         raise CorruptCheckpointError(
             "scale has a wrong dtype", where=entry.name, expected=" | ".join(SCALE_DTYPES), got=entry.dtype

@@ -10,7 +10,7 @@ from blockscale.checkpoint.block_choice import BlockChoice, Chosen
 from blockscale.checkpoint.block_measure import choose_blocks
 from blockscale.checkpoint.decide import FP8, Decisions, Signature, decide_quantize
 from blockscale.checkpoint.families import Family, family_of, mtp_prefixes
-from blockscale.checkpoint.groups import stored_shapes
+from blockscale.checkpoint.group_storage import group_storage
 from blockscale.checkpoint.index import read_index
 from blockscale.checkpoint.model_config import parse_config, read_config, without_quantization
 from blockscale.checkpoint.names import role_of
@@ -119,7 +119,7 @@ def plan_checkpoint(
             or one alone where block sizes are to be chosen by the values of the weights.
     """
     recipe, parallelism = recipe or Recipe(), parallelism or Parallelism()
-    config, tensors, label, source = _read(src, revision)
+    config, tensors, label, source = read_shapes(src, revision)
     choice = _choice(source, recipe, progress)
     decisions = decide_quantize(tensors, config, recipe, chosen=None if choice is None else choice.sizes)
     family, prefixes = family_of(config), mtp_prefixes(config)
@@ -165,7 +165,8 @@ def plan_checkpoint(
 def _quantized_bytes(decisions: Decisions, name: str, shape: tuple[int, ...], family: Family) -> int:
     group = decisions.by_name[name].group
     if group is not None:
-        return sum(tensor_nbytes(*each) for each in stored_shapes(group, shape))
+        assert decisions.quantization is not None
+        return group_storage(decisions.quantization.layout, group).nbytes(name, shape)
     grid = scale_shape(shape, decisions.stored_block_size(name, shape, family))
     return tensor_nbytes(FP8, shape) + tensor_nbytes("F32", grid)
 
@@ -183,9 +184,10 @@ def _choice(source: Source | None, recipe: Recipe, progress: Progress | None) ->
     return choose_blocks(plan_quantize(source, recipe), source, recipe, progress=progress)
 
 
-def _read(
-    src: str | os.PathLike[str] | dict[str, Any], revision: str | None
+def read_shapes(
+    src: str | os.PathLike[str] | dict[str, Any], revision: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Signature], str, Source | None]:
+    """config, name -> (dtype, shape), what to call it, and the checkpoint, if it is more than a config."""
     # A bare config plans the model it describes; DeepSeek publishes only the one of its FP8 checkpoint.
     if isinstance(src, dict):
         config, label = without_quantization(src), "config"

@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from blockscale.checkpoint.group_storage import amax_of
 from blockscale.checkpoint.index import INDEX_NAME
 from blockscale.checkpoint.model_config import CONFIG_NAME
 from blockscale.checkpoint.plan import MANIFEST_NAME, ConversionPlan
@@ -19,6 +20,9 @@ from blockscale.checkpoint.source import Source, copy_file
 from blockscale.checkpoint.workspace import CHOICE_KEY, Workspace, stage_file
 from blockscale.checkpoint.writer import io_errors
 from blockscale.version import __version__
+
+# In the manifest: how many input scales of the layout w4afp8 were calibrated.
+INPUT_SCALES_KEY = "input_scales"
 
 
 def stage_rest(
@@ -57,11 +61,22 @@ def stage_rest(
     }
     if plan.choice is not None:
         manifest[CHOICE_KEY] = plan.choice.record()
+    if counted := input_scales(plan, rounded):
+        manifest[INPUT_SCALES_KEY] = counted
     if rounded is not None:
         manifest[CALIBRATED_KEY] = sorted(rounded.weights)
         if rounded.experts:
             manifest[EXPERTS_KEY] = [asdict(each) for each in rounded.experts]
     _stage_json(workspace, MANIFEST_NAME, manifest)
+
+
+def input_scales(plan: ConversionPlan, rounded: Rounded | None) -> dict[str, int]:
+    """How many weights have a "calibrated" input scale, and one of 1.0 by "default"; {} without any."""
+    tasks = [task for shard in plan.shards for task in shard.tasks if task.action == "quantize"]
+    weights = [task.source.name for task in tasks if task.low and "input_scale" in task.low.storage.more]
+    amax = {} if rounded is None else rounded.input_amax
+    known = sum(amax_of(name, amax) is not None for name in weights)
+    return {"calibrated": known, "default": len(weights) - known} if weights else {}
 
 
 def _stage_copy(workspace: Workspace, source: Source, name: str) -> str:

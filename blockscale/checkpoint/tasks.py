@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from blockscale import ops
+from blockscale.checkpoint.group_storage import amax_of, companion
 from blockscale.checkpoint.group_tasks import (
     dequantized_from_groups,
     quantized_in_groups,
@@ -81,9 +82,11 @@ def run_task(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str
 
 
 def _quantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[str, str]:
-    codes_out, scale_out = task.outputs
+    codes_out, scale_out = task.outputs[:2]
     digest, height, rows = hashlib.sha256(), codes_out.shape[-2], math.prod(codes_out.shape[:-1])
-    scale = torch.empty(scale_out.shape, dtype=SAFETENSORS_DTYPES[scale_out.dtype])
+    columns = task.source.shape[-1]
+    made = SAFETENSORS_DTYPES[scale_out.dtype] if task.group is None else task.group.scale_dtype
+    scale = torch.empty(scale_out.shape, dtype=made)
     quantized = _quantized if job.lanes is None else _quantized_there
     if task.action == "requantize":
         quantized = _requantized
@@ -92,15 +95,23 @@ def _quantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[st
     elif task.group is not None:
         quantized = quantized_in_groups if job.lanes is None else quantized_in_groups_there
     for span, codes in quantized(task, reader, per_expert(scale), job):
-        data = tensor_bytes(codes)
+        data = tensor_bytes(codes if task.low is None else task.low.storage.stored(codes, columns))
         digest.update(data)
         write_at(shard, codes_out.name, (span.expert * height + span.row) * codes_out.nbytes // rows, data)
         job.tick(span.rows * task.input_bytes // rows)
-    write_at(shard, scale_out.name, 0, tensor_bytes(scale))
-    return {
-        codes_out.name: digest.hexdigest(),
-        scale_out.name: hashlib.sha256(tensor_bytes(scale)).hexdigest(),
-    }
+    hashes = {codes_out.name: digest.hexdigest()}
+    whole = {scale_out.name: scale if task.low is None else task.low.storage.stored_scale(scale)}
+    for output in task.outputs[2:]:
+        whole[output.name] = companion(output.name, task.source.shape, input_amax(task, job))
+    for name, tensor in whole.items():
+        write_at(shard, name, 0, tensor_bytes(tensor))
+        hashes[name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    return hashes
+
+
+def input_amax(task: Task, job: Job) -> float | None:
+    """The largest absolute input of the weight of a task, if a rounder tells."""
+    return None if job.rounded is None else amax_of(task.source.name, job.rounded.input_amax)
 
 
 def _quantized(task: Task, reader: Reader, grid: torch.Tensor, job: Job) -> Strips:
@@ -121,7 +132,7 @@ def _taken_over(task: Task, reader: Reader, grid: torch.Tensor, job: Job) -> Str
     grid.copy_(per_expert(read_scale(weight.scale, job.rounded.folder)))
     with open_reader(job.rounded.path(weight.codes)) as own:
         for span, codes in strips(weight.codes, own):
-            if ops.find_nonfinite(codes)[0]:
+            if task.group is None and ops.find_nonfinite(codes)[0]:
                 raise job.rounded.refusal("rounded weight has NaN codes", weight.codes)
             yield span, codes
 
@@ -182,7 +193,8 @@ def _dequantize(task: Task, reader: Reader, shard: ShardFile, job: Job) -> dict[
     (output,) = task.outputs
     dtype = SAFETENSORS_DTYPES[output.dtype]
     assert dtype is not None
-    grid = per_expert(read_scale(task.scale, job.source))
+    storage = None if task.low is None else task.low.storage
+    grid = per_expert(read_scale(task.scale, job.source, storage))
     digest, (rows, columns) = hashlib.sha256(), output.shape[-2:]
     dequantized = _dequantized if job.lanes is None else _dequantized_there
     if task.group is not None:

@@ -25,7 +25,7 @@ from blockscale.checkpoint.compare import Side, TensorError, compare, open_side
 from blockscale.checkpoint.decide import FP8, scale_of
 from blockscale.checkpoint.engine import default_workers
 from blockscale.checkpoint.index import TensorEntry, parse_object, read_header
-from blockscale.checkpoint.inspect import packed_scale_names, scale_names, scale_value_problems
+from blockscale.checkpoint.inspect import scale_names, scale_value_problems
 from blockscale.checkpoint.plan import MANIFEST_NAME
 from blockscale.checkpoint.problems import Problem, structural_problems
 from blockscale.checkpoint.progress import Progress, Silent
@@ -46,7 +46,7 @@ class Verification:
         checksums: how many matched the manifest; None without a manifest.
         compared: how many were compared with the source; None without one.
         errors: per FP8 weight compared, worst first.
-        calibrated: how many FP8 weights were rounded by calibration, as the manifest says.
+        calibrated: how many weights were rounded by calibration, as the manifest says.
         problems: empty if all is well.
     """
 
@@ -101,9 +101,11 @@ def verify_checkpoint(
             )
         except CorruptCheckpointError as error:
             problems.append(Problem("error", name, str(error)))
-    for name in packed_scale_names(side.index):
+    for low in side.low.values():
+        name = low.scale
         try:
-            read_scale(side.index.tensors[name], side.source)
+            if name in side.index.tensors:
+                read_scale(side.index.tensors[name], side.source, low.storage)
         except CorruptCheckpointError as error:
             problems.append(Problem("error", name, str(error)))
     broken = {problem.where for problem in problems}
@@ -132,9 +134,9 @@ def verify_checkpoint(
         tensors=len(side.index.tensors),
         nbytes=side.index.total_size,
         checksums=None if manifest is None else sum(name in hashes for name in side.index.tensors),
-        compared=None if other is None else sum(name in other.index.tensors for name in side.index.tensors),
+        compared=None if other is None else len(side.holders.keys() & other.holders.keys()),
         errors=tuple(sorted(errors, key=lambda error: -error.relative)),
-        calibrated=sum(entry.name in side.calibrated for entry in side.index.tensors.values()),
+        calibrated=sum(name in side.calibrated for name in side.holders),
         problems=tuple(sorted(problems, key=lambda problem: problem.severity)),
     )
 
@@ -180,10 +182,6 @@ def _read_manifest(source: Source) -> dict[str, Any] | None:
     return manifest
 
 
-def _all_scales(side: Side) -> list[str]:
-    return [*scale_names(side.index), *packed_scale_names(side.index)]
-
-
 def _weight(scale: str) -> str:
     weight = scaled_weight_name(scale)
     assert weight is not None
@@ -208,9 +206,8 @@ def _set_problems(side: Side, other: Side | None, manifest: dict[str, Any] | Non
             elif hashlib.sha256(side.source.read(name)).hexdigest() != digest:
                 problems.append(Problem("error", name, "file differs from the manifest"))
     if other is not None:
-        scales = {*_all_scales(side), *_all_scales(other)}
-        missing = other.index.tensors.keys() - names - scales
-        added = names - other.index.tensors.keys() - scales
+        missing = other.holders.keys() - side.holders.keys()
+        added = side.holders.keys() - other.holders.keys()
         problems += [
             Problem("error", name, f"is in {other.source.spec} but missing here") for name in missing
         ]
@@ -222,10 +219,9 @@ def _open_files(side: Side, other: Side | None, file: str, staging: Path, stack:
     """Open a shard and the files of the other side that hold the same tensors."""
     wanted = [(side, file)]
     if other is not None:
-        names = [
-            entry.name for entry in side.index.headers[file].entries if entry.name in other.index.tensors
-        ]
-        wanted += [(other, twin) for twin in sorted({other.index.tensors[name].file for name in names})]
+        names = [side.weight(entry.name) for entry in side.index.headers[file].entries]
+        twins = {other.holders[name].file for name in names if name in other.holders}
+        wanted += [(other, twin) for twin in sorted(twins)]
     readers: _Readers = {}
     for place, (owner, name) in enumerate(wanted):
         path = stack.enter_context(owner.source.local_file(name, staging / str(place)))
@@ -252,9 +248,10 @@ def _check_tensor(
         )
     if nan:
         problems.append(Problem("error", entry.name, f"{nan} NaN codes"))
-    twin = other.index.tensors.get(entry.name) if other is not None else None
+    twin = _twin(entry, side, other)
     # What is known to be wrong already would only be told again, in other words.
-    known = nan or broken & {entry.name, scale_of(entry.name, side.index.tensors)}
+    scale = side.low[entry.name].scale if entry.name in side.low else scale_of(entry.name, side.index.tensors)
+    known = nan or broken & {entry.name, scale}
     raw = twin is not None and twin.dtype == FP8  # without a block size, FP8 can still equal FP8
     known = known or (entry.dtype == FP8 and side.quantization is None and not raw)
     if twin is not None and other is not None and not known:
@@ -267,6 +264,13 @@ def _check_tensor(
             problems.append(Problem("error", entry.name, message))
     progress.advance(0, 1)
     return problems, deviation
+
+
+def _twin(entry: TensorEntry, side: Side, other: Side | None) -> TensorEntry | None:
+    """The tensor of the other side that holds the same weight; None for a scale."""
+    if other is None or side.is_scale(entry.name):
+        return None
+    return other.holders.get(side.weight(entry.name))
 
 
 def _hash_and_count_nan(entry: TensorEntry, reader: Reader, progress: Progress) -> tuple[str, int]:

@@ -29,6 +29,9 @@ def print_report(report: ConversionReport, *, as_json: bool) -> None:
     console.print_group_formats(report.group_formats)
     if report.calibrated:
         console.out.print(_calibrated(report))
+    if default := report.input_scales.get("default"):
+        line = f"input scales of {default:,} expert weights are 1.0, not calibrated"
+        console.out.print(f"{line}: their inputs are cast to FP8 as they are and saturate at 448")
     if report.resumed_shards:
         console.out.print(
             f"{report.resumed_shards} of {report.shards} shards were finished by an earlier run"

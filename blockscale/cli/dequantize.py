@@ -21,7 +21,7 @@ def command(
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
-    """Dequantize a block FP8 checkpoint (DeepSeek or compressed-tensors layout)."""
+    """Dequantize a block FP8 checkpoint, of any layout, and its weights of fewer than 8 bits."""
     from blockscale.checkpoint.convert import RunOptions, dequantize_checkpoint
 
     with console.progress(quiet=json) as progress:

@@ -12,6 +12,7 @@ from blockscale.cli import (
     evaluate,
     generate,
     inspect,
+    lint,
     plan,
     quantize,
     search,
@@ -22,7 +23,7 @@ from blockscale.errors import BlockscaleError
 from blockscale.version import __version__
 
 app = typer.Typer(
-    help="Block-scaled FP8 models: quantize, dequantize, convert, verify, inspect, plan, generate, "
+    help="Block-scaled FP8 models: quantize, dequantize, convert, verify, lint, inspect, plan, generate, "
     "evaluate, diagnose, search, tune.",
     no_args_is_help=True,
     add_completion=False,
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS = (
-    *(quantize, dequantize, convert, verify, inspect, plan),
+    *(quantize, dequantize, convert, verify, lint, inspect, plan),
     *(generate, evaluate, diagnose, search, tune),
 )
 for module in _COMMANDS:

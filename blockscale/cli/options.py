@@ -42,8 +42,9 @@ RecipeFile = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="fp8, w4a8 or mxfp4a8 (experts in 4 bits, the rest FP8), or a JSON file with scale_fmt, "
-        "block_size, layout, include, exclude, precision.",
+        help="fp8, w4a8 or mxfp4a8 (experts in 4 bits, the rest FP8), budget:SIZE (8, 4 and 3 bits, so that "
+        "all is at most that large: 340GB, 0.25x), or a JSON file with scale_fmt, block_size, layout, "
+        "include, exclude, precision.",
     ),
 ]
 
@@ -74,6 +75,7 @@ class LayoutChoice(str, Enum):
 
     deepseek = "deepseek"
     compressed_tensors = "compressed-tensors"
+    w4afp8 = "w4afp8"
     blockscale = "blockscale"
 
 
@@ -136,7 +138,8 @@ Compute = Annotated[
 DebugGemm = Annotated[
     bool,
     typer.Option(
-        "--debug-gemm", help="Check every FP8 GEMM against float32, and say where precision is lost; slow."
+        "--debug-gemm",
+        help="Check every FP8 and 4-bit GEMM against float32, and say where precision is lost; slow.",
     ),
 ]
 Dtype = Annotated[DtypeChoice, typer.Option(help="Dtype of the result's weights.")]

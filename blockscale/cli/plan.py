@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from blockscale.cli import console, options
-from blockscale.cli.recipe import build_recipe
+from blockscale.cli.recipe import build_recipe, fitted
 from blockscale.wording import size
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def command(
     from blockscale.checkpoint.sizing import Parallelism, plan_checkpoint
 
     recipe = build_recipe(recipe_file, scale_fmt, block_size, layout, include, exclude, precision)
+    recipe = fitted(recipe, recipe_file, src, revision)
     parallelism = Parallelism(tp, ep)
     with console.progress(quiet=json) as progress:
         plan = plan_checkpoint(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from blockscale.cli import console, options
 from blockscale.cli.conversion import print_report
 from blockscale.cli.plan import print_plan
-from blockscale.cli.recipe import build_recipe
+from blockscale.cli.recipe import build_recipe, fitted
 from blockscale.errors import BlockscaleError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def command(
     if calibration_tokens is not None and not calibrate:
         raise BlockscaleError("nothing to calibrate on", where="--calibration-tokens", remedy="--calibrate")
     recipe = build_recipe(recipe_file, scale_fmt, block_size, layout, include, exclude, precision)
+    recipe = fitted(recipe, recipe_file, src, revision)
     if dry_run:
         with console.progress(quiet=json) as progress:
             plan = plan_checkpoint(src, recipe, revision=revision, progress=progress)

@@ -11,6 +11,27 @@ if TYPE_CHECKING:
     from blockscale.checkpoint.recipe import Recipe
 
 
+_BUDGET = "budget:"
+_TAKEN = ("compressed-tensors", "w4afp8")  # layouts without a place for all that a budget chooses from
+
+
+def fitted(recipe: Recipe, file: str | None, src: str, revision: str | None) -> Recipe:
+    """The recipe; where the file is `budget:SIZE`, with the precision of each weight that fits into the size.
+
+    Raises:
+        BlockscaleError: options that leave nothing to choose, or a size that no choice has.
+    """
+    if not file or not file.startswith(_BUDGET):
+        return recipe
+    from blockscale.errors import BlockscaleError
+    from blockscale.search.budget import budget_recipe
+
+    given = "--precision" if recipe.precision.entries else "--layout" if recipe.layout in _TAKEN else None
+    if given is not None:
+        raise BlockscaleError("a budget says this itself", where=given, remedy=f"leave out {given}")
+    return budget_recipe(src, file.removeprefix(_BUDGET), recipe, revision)
+
+
 def build_recipe(
     file: str | None,
     scale_fmt: options.ScaleFmtChoice | None,
@@ -20,7 +41,10 @@ def build_recipe(
     exclude: list[str] | None,
     precision: list[str] | None,
 ) -> Recipe:
-    """Read the recipe file, if there is one; an option that was given replaces the file's entry."""
+    """Read the recipe file, if there is one; an option that was given replaces the file's entry.
+
+    What `budget:SIZE` comes to depends on the checkpoint: see `fitted`.
+    """
     from blockscale.checkpoint.precision import parse_precision
     from blockscale.checkpoint.recipe import Recipe, read_recipe
 
@@ -32,5 +56,5 @@ def build_recipe(
         "exclude": exclude and tuple(exclude),
         "precision": precision and parse_precision(precision),
     }
-    recipe = read_recipe(file) if file else Recipe()
+    recipe = read_recipe(file) if file and not file.startswith(_BUDGET) else Recipe()
     return replace(recipe, **{name: value for name, value in given.items() if value})

@@ -41,7 +41,7 @@ def command(
             mean = f"relative error of quantized weights {result.relative_error:.3%} (root mean square)"
             console.out.print(f"{mean}, worst {worst.relative:.3%} in {worst.name}")
         if result.calibrated:
-            console.out.print(f"{result.calibrated} FP8 weights calibrated, not rounded to the nearest code")
+            console.out.print(f"{result.calibrated} weights calibrated, not rounded to the nearest code")
         console.print_problems(result.problems)
         console.out.print("OK" if result.ok else "NOT OK")
     if not result.ok:

@@ -96,7 +96,7 @@ def _stored_entry(path: object, entry: Any, config: BlockscaleConfig) -> dict[st
             remedy="leave quantize out, or run blockscale dequantize first",
         )
     scheme = entry.get("activation_scheme", "dynamic")
-    if quantization is None or quantization.layout == "compressed-tensors" or scheme != "dynamic":
+    if quantization is None or quantization.layout in ("compressed-tensors", "w4afp8") or scheme != "dynamic":
         raise BlockscaleError(
             "cannot be run on this package",
             where=f"{path} quantization_config",

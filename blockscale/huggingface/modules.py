@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from blockscale import ops
-from blockscale.checkpoint.groups import group_scale_name
+from blockscale.checkpoint.group_storage import group_scale_name
 from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8, scale_name, spell_block_size
 from blockscale.group_formats import group_scale_shape, packed_shape

@@ -26,7 +26,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from blockscale import reference
 from blockscale.checkpoint.decide import FP8, Signature, decide_quantize
-from blockscale.checkpoint.groups import group_scale_name, low_bit_weights
+from blockscale.checkpoint.group_storage import group_scale_name
+from blockscale.checkpoint.groups import low_bit_weights
 from blockscale.checkpoint.model_config import without_quantization
 from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.formats import SAFETENSORS_DTYPES, scale_name
@@ -96,7 +97,7 @@ class BlockscaleQuantizer(HfQuantizer):
         if self.pre_quantized or recipe is None:
             fp8 = [name for name, (dtype, _) in tensors.items() if dtype == FP8]
             low = low_bit_weights(tensors, self.quantization_config.quantization)
-            return {**dict.fromkeys(fp8), **low}
+            return {**dict.fromkeys(fp8), **{name: each.fmt for name, each in low.items()}}
         recipe = replace(recipe, layout="blockscale")  # the one with a place for all that can be run
         decisions = decide_quantize(tensors, without_quantization(model.config.to_dict()), recipe)
         for warning in decisions.warnings:

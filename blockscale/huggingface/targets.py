@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from blockscale.checkpoint.decide import Signature, check_grid
-from blockscale.checkpoint.groups import check_group_scale
+from blockscale.checkpoint.group_storage import LowBitWeight, check_companions, group_storage
 from blockscale.checkpoint.index import read_header
 from blockscale.errors import BlockscaleError, MissingScaleError
 from blockscale.formats import BlockFP8, scale_name
@@ -138,7 +138,7 @@ def check_stored(
         BlockscaleError: as said; MissingScaleError for the former.
     """
     for name, group in groups.items():
-        check_group_scale(name, group, tensors)
+        check_companions(LowBitWeight(name, group_storage("blockscale", group)), tensors)
     names = [name for target in targets for name in target.sources if name not in groups]
     missing = [name for name in names if scale_name(name) not in tensors]
     if missing:

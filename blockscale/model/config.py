@@ -249,6 +249,14 @@ def _quantization(values: Mapping[str, Any]) -> dict[str, Any]:
             got=", ".join(map(spell_block_size, quantization.block_sizes)),
             remedy="run blockscale dequantize, then quantize with one",
         )
+    if quantization.low and quantization.layout != "blockscale":
+        raise BlockscaleError(
+            "weights of fewer than 8 bits cannot be run from this layout",
+            where="config.json quantization_config",
+            expected="the layout blockscale",
+            got=quantization.layout,
+            remedy="run blockscale dequantize, then quantize with --layout blockscale",
+        )
     fmt = quantization.fmt
     return {
         "dtype": "fp8",

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockscale import ops
-from blockscale.checkpoint.groups import PACKED, group_scale_name
+from blockscale.checkpoint.group_storage import PACKED, group_scale_name
 from blockscale.errors import CorruptCheckpointError
 from blockscale.group_formats import group_scale_shape, packed_shape
 from blockscale.group_spelling import WrittenFormat, spell_group_format
 from blockscale.model.linear import W4Experts
 from blockscale.model.slices import Part
 from blockscale.model.stack import below
-from blockscale.reference import W4Weight, prepare_w4
+from blockscale.reference import W4Weight
 from blockscale.reference.w4 import multiplies
 
 if TYPE_CHECKING:
@@ -60,8 +60,10 @@ def w4_experts(
         )
         gate_up = below([gate[0], up[0]]), below([gate[1], up[1]])
         for name, (codes, scale), columns in (("gate_up", gate_up, hidden), ("down", down, width)):
-            one = prepare_w4(codes, scale, group, columns)
-            room = made.setdefault(name, one.room_for(len(numbers)))
+            one = ops.prepare_w4(codes, scale, group, columns)
+            if name not in made:
+                made[name] = one.room_for(len(numbers))
+            room = made[name]
             room.words[place].copy_(one.words)
             room.scale[place].copy_(one.scale)
         weights.store.formats[spell_group_format(group)] += len(_LEAVES)

@@ -13,7 +13,7 @@ from blockscale.model.architecture import ModelConfig
 from blockscale.model.linear import GROUP, Linear, W4Experts
 from blockscale.model.stack import Parallel
 from blockscale.model.weights import FP8, Weights
-from blockscale.reference import W4Weight, dequantize_w4
+from blockscale.reference import W4Weight
 from blockscale.reference.routing import Routing
 
 _FEW_TOKENS = 128  # up to which every expert gets room for all, and rows that count are not padded
@@ -223,6 +223,6 @@ def _by_expert(rows: torch.Tensor, layer: Linear | W4Experts, ends: torch.Tensor
 def _dequantized(layer: Linear | W4Experts, expert: int, dtype: torch.dtype) -> torch.Tensor:
     """The weight (N, K) of an expert."""
     if isinstance(layer, W4Experts):
-        return dequantize_w4(layer.weight[expert], dtype)
+        return ops.dequantize_w4(layer.weight[expert], dtype)
     scale = None if layer.scale is None else layer.scale[expert]
     return replace(layer, weight=layer.weight[expert], scale=scale).dequantized(dtype)

@@ -2,6 +2,7 @@
 
 from blockscale.ops import operators as operators  # registers torch.ops.blockscale.*
 from blockscale.ops.dequantize_group import dequantize_group
+from blockscale.ops.dequantize_w4 import dequantize_w4
 from blockscale.ops.dequantize_weight import dequantize_weight
 from blockscale.ops.gemm import (
     fp8_gemm_nt,
@@ -15,13 +16,14 @@ from blockscale.ops.mla import mla_decode, mla_prefill, mla_prefill_quantize, ml
 from blockscale.ops.moe_permute import moe_permute, moe_permute_masked, moe_unpermute
 from blockscale.ops.moe_route import moe_choose, moe_route
 from blockscale.ops.nonfinite import find_nonfinite, flag_nonfinite
+from blockscale.ops.prepare_w4 import prepare_w4
 from blockscale.ops.quantize_activation import quantize_activation
 from blockscale.ops.quantize_group import quantize_group
 from blockscale.ops.quantize_weight import quantize_weight
 from blockscale.ops.rms_norm_quantize import Normed, rms_norm, rms_norm_quantize
 from blockscale.ops.rounding import descend_columns, round_columns
 from blockscale.ops.silu_mul_quantize import silu_mul, silu_mul_quantize
-from blockscale.ops.w4a8_gemm import (
+from blockscale.ops.w4a8 import (
     m_grouped_w4a8_gemm_nt_contiguous,
     m_grouped_w4a8_gemm_nt_masked,
     w4a8_gemm_nt,
@@ -35,6 +37,7 @@ __all__ = [
     "Normed",
     "audit_gemms",
     "dequantize_group",
+    "dequantize_w4",
     "dequantize_weight",
     "descend_columns",
     "find_nonfinite",
@@ -54,6 +57,7 @@ __all__ = [
     "moe_permute_masked",
     "moe_route",
     "moe_unpermute",
+    "prepare_w4",
     "quantize_activation",
     "quantize_group",
     "quantize_weight",

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
+from blockscale.ops.dequantize_w4 import dequantize_w4
 from blockscale.ops.dequantize_weight import dequantize_weight
-from blockscale.reference.w4 import W4Weight, dequantize_w4
+from blockscale.reference.w4 import W4Weight
 
 
 def w4a8_gemm_nt(
@@ -44,7 +45,13 @@ def m_grouped_w4a8_gemm_nt_masked(
     expected_m: int,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """`ops.m_grouped_w4a8_gemm_nt_masked`; `out` is always given. Nothing is read on the host."""
+    """`ops.m_grouped_w4a8_gemm_nt_masked`; `out` is always given. On a GPU nothing is read on the host."""
+    if not a.is_cuda:
+        for expert, count in enumerate(masked_m.tolist()):
+            if count:
+                rows = _rows(a[expert, :count], a_scale[expert, :count])
+                out[expert, :count] = (rows @ dequantize_w4(b[expert], rows.dtype).t()).to(out.dtype)
+        return out
     row = torch.arange(a.shape[1], device=a.device)[:, None]
     for expert in range(b.shape[0]):
         rows = _rows(a[expert], a_scale[expert])

@@ -18,11 +18,14 @@ from numba.extending import intrinsic
 
 from blockscale.ops._numba_kernels import _jit
 from blockscale.ops._simd import F32, I32, I64, _load, _pointer, as_bits, as_float
+from blockscale.reference.rounding import Grid
 
 LANES = 64  # eight AVX2 registers, enough to hide how long a subtraction takes
-_E4M3_MAX = np.float32(448.0)
-_SMALLEST_NORMAL = np.float32(2.0**-6)
-_TO_LAST_BIT = np.float32(1.5 * 2.0**20)
+
+
+def grid_numbers(grid: Grid) -> tuple[np.float32, np.float32, np.float32]:
+    """Of a grid, as the kernels take it."""
+    return np.float32(grid.largest), np.float32(grid.smallest_normal), np.float32(grid.to_last_bit)
 
 
 @intrinsic
@@ -52,24 +55,25 @@ def _subtract_products(typing, values, at, rows, factors, first, count):
 
 
 @_jit
-def _to_grid(x):
-    """The E4M3 number nearest to x: ties to even, saturating, a zero keeps its sign."""
+def _to_grid(x, grid):
+    """The number of the grid nearest to x: ties to even, saturating, a zero keeps its sign."""
+    largest, smallest_normal, to_last_bit = grid
     bits = as_bits(x)
     magnitude = as_float(np.uint32(bits & 0x7FFFFFFF))
-    magnitude = _E4M3_MAX if magnitude > _E4M3_MAX else magnitude
+    magnitude = largest if magnitude > largest else magnitude
     binade = as_float(np.uint32(as_bits(magnitude) & 0x7F800000))
-    binade = _SMALLEST_NORMAL if binade < _SMALLEST_NORMAL else binade
+    binade = smallest_normal if binade < smallest_normal else binade
     # The sum has its last bit where a number of the grid has its own.
-    rounder = binade * _TO_LAST_BIT
+    rounder = binade * to_last_bit
     rounded = (magnitude + rounder) - rounder
     return as_float(np.uint32(as_bits(rounded) | (bits & 0x80000000)))
 
 
 @_jit
-def _round_lanes(work, codes, errors, loss, scale, diagonal):
+def _round_lanes(work, codes, errors, loss, scale, diagonal, grid):
     for lane in range(LANES):
         s = scale[lane]
-        code = _to_grid(work[lane] / s)
+        code = _to_grid(work[lane] / s, grid)
         error = (work[lane] - code * s) / diagonal
         codes[lane] = code
         errors[lane] = error
@@ -77,11 +81,11 @@ def _round_lanes(work, codes, errors, loss, scale, diagonal):
 
 
 @_jit
-def _descend_lanes(work, codes, changes, scale, diagonal):
+def _descend_lanes(work, codes, changes, scale, diagonal, grid):
     for lane in range(LANES):
         s = scale[lane]
         before = codes[lane] * s
-        code = _to_grid((before + work[lane] / diagonal) / s)
+        code = _to_grid((before + work[lane] / diagonal) / s, grid)
         codes[lane] = code
         changes[lane] = code * s - before
 
@@ -103,12 +107,13 @@ def _put_back(source, target, first, count):
 
 
 @_jit
-def round_columns(columns, factor, scale, group_size, codes, errors, loss, strips):
+def round_columns(columns, factor, scale, group_size, grid, outputs, strips):
     """Strips of `reference.rounding.round_columns`: strip t has candidate t // T and rows t % T * LANES on.
 
-    T = ceil(N / LANES). columns (N, B), factor (B, B) TRANSPOSED, scale (F, N, G), codes and errors
-    (F, N, B), loss (F, N): float32, contiguous.
+    T = ceil(N / LANES). columns (N, B), factor (B, B) TRANSPOSED, scale (F, N, G), outputs codes and errors
+    (F, N, B), loss (F, N): float32, contiguous. `grid`: of `grid_numbers`.
     """
+    codes, errors, loss = outputs
     rows, width = columns.shape
     tiles = (rows + LANES - 1) // LANES
     work = np.zeros(width * LANES, np.float32)
@@ -125,14 +130,14 @@ def round_columns(columns, factor, scale, group_size, codes, errors, loss, strip
                 spread[:count] = scale[candidate, first : first + count, k // group_size]
             here, past = k * LANES, (k + 1) * LANES
             _subtract_products(work, here, e, flat, k * width, k)
-            _round_lanes(work[here:past], q[here:past], e[here:past], total, spread, factor[k, k])
+            _round_lanes(work[here:past], q[here:past], e[here:past], total, spread, factor[k, k], grid)
         _put_back(q, codes[candidate], first, count)
         _put_back(e, errors[candidate], first, count)
         loss[candidate, first : first + count] = total[:count]
 
 
 @_jit
-def descend_columns(slope, codes, norm, scale, group_size, result, strips):
+def descend_columns(slope, codes, norm, scale, group_size, grid, result, strips):
     """Strips of `reference.rounding.descend_columns`; strip t has rows t * LANES on.
 
     slope, codes and result (N, B), norm (B, B) TRANSPOSED, scale (N, G): float32, contiguous.
@@ -152,5 +157,5 @@ def descend_columns(slope, codes, norm, scale, group_size, result, strips):
                 spread[:count] = scale[first : first + count, k // group_size]
             here, past = k * LANES, (k + 1) * LANES
             _subtract_products(work, here, changes, flat, k * width, k)
-            _descend_lanes(work[here:past], q[here:past], changes[here:past], spread, norm[k, k])
+            _descend_lanes(work[here:past], q[here:past], changes[here:past], spread, norm[k, k], grid)
         _put_back(q, result, first, count)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from blockscale.ops import gemm_audit, gemm_dispatch
+from blockscale.ops.gemm_audit_figures import FP8Weight
 from blockscale.ops.gemm_dispatch import GemmBackend
 from blockscale.reference import gemm_checks
 
@@ -53,7 +54,7 @@ def fp8_gemm_nt(
         run = gemm_dispatch.implementation("fp8_gemm_nt", a.device, sizes, backend)
         run(a, a_scale, b, b_scale, bias=bias, out_dtype=out_dtype, out=out)
         if gemm_audit.current is not None:
-            gemm_audit.current.dense((a, a_scale, b, b_scale), out, bias)
+            gemm_audit.current.dense((a, a_scale, FP8Weight(b, b_scale)), out, bias)
     return out
 
 
@@ -97,7 +98,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
         run = gemm_dispatch.implementation("m_grouped_fp8_gemm_nt_contiguous", a.device, sizes, backend)
         run(a, a_scale, b, b_scale, m_indices, out=out)
         if gemm_audit.current is not None:
-            gemm_audit.current.contiguous((a, a_scale, b, b_scale), out, m_indices)
+            gemm_audit.current.contiguous((a, a_scale, FP8Weight(b, b_scale)), out, m_indices)
     return out
 
 
@@ -140,5 +141,5 @@ def m_grouped_fp8_gemm_nt_masked(
         run = gemm_dispatch.implementation("m_grouped_fp8_gemm_nt_masked", a.device, sizes, backend)
         run(a, a_scale, b, b_scale, masked_m, expected_m, out=out)
         if gemm_audit.current is not None:
-            gemm_audit.current.masked((a, a_scale, b, b_scale), out, masked_m)
+            gemm_audit.current.masked((a, a_scale, FP8Weight(b, b_scale)), out, masked_m)
     return out

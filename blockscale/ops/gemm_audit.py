@@ -4,10 +4,11 @@
         model(tokens)
     print(audit.summary())
 
-Within the block every FP8 GEMM also runs in float32, on the dequantized operands and, as far as they are
-known, on the original ones; `gemm_audit_figures` says what is compared. It costs the GEMM several times over,
-memory for copies of the activations that are in use, and waits for the device: a mode for looking, not for
-serving. Outside the block an op tests one attribute of this module.
+Within the block every GEMM of FP8 activations, with FP8 or with 4-bit weights, also runs in float32, on the
+dequantized operands and, as far as they are known, on the original ones; `gemm_audit_figures` says what is
+compared. It costs the GEMM several times over, memory for copies of the activations that are in use, and
+waits for the device: a mode for looking, not for serving. Outside the block an op tests one attribute of this
+module.
 
 Activations: the ops that quantize remember what they quantized (`gemm_audit_originals`); fused ones compute
 it again by unfused ways. Weights: `weights` tells their originals. A call is named by `audit.site`, by
@@ -29,13 +30,12 @@ from typing import TypeVar
 import torch
 
 from blockscale.errors import BlockscaleError
-from blockscale.ops.gemm_audit_figures import Gemm, Segment, measure
+from blockscale.ops.gemm_audit_figures import FP8Weight, Gemm, Operands, Segment, Weight, measure
 from blockscale.ops.gemm_audit_originals import Originals
 from blockscale.ops.gemm_audit_records import GemmLimits, GemmRecord, check_limits, table
 
 T = TypeVar("T")
 OfWeight = Mapping[torch.Tensor, T] | Callable[[torch.Tensor], T | None]
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 # The audit that runs, of the whole process; the ops' only test when there is none.
 current: GemmAudit | None = None
@@ -55,15 +55,15 @@ def audit_gemms(
     names: OfWeight[str] | None = None,
     weights: OfWeight[torch.Tensor] | None = None,
 ) -> Iterator[GemmAudit]:
-    """Audit every FP8 GEMM that is called in the block; of nested blocks the inner one sees its calls alone.
+    """Audit every FP8 or W4A8 GEMM in the block; of nested blocks the inner one sees its calls alone.
 
     For one thread: what other threads call meanwhile is audited as well, in no order.
 
     Args:
         limits: beyond which a call raises, after it was recorded; without them nothing raises.
-        names: of call sites, by the weight that is multiplied: a mapping from FP8 weights, or a function
-            that returns None for those it does not know.
-        weights: originals by FP8 weight, in the same way: of its shape, of any floating dtype and device.
+        names: of call sites, by the weight that is multiplied: a mapping from FP8 weights or the words of
+            4-bit ones, or a function that returns None for those it does not know.
+        weights: originals by weight, in the same way: of its shape, of any floating dtype and device.
 
     Raises:
         BlockscaleError: within the block: a call beyond the limits, an original that does not have the shape
@@ -142,14 +142,14 @@ class GemmAudit:
         """For GEMMs, after the call: all rows count."""
         if _runs(out):
             every = Segment(0, torch.arange(len(out), device=out.device))
-            self._check("fp8_gemm_nt", operands, out, [every], bias)
+            self._check("gemm_nt", operands, out, [every], bias)
 
     def contiguous(self, operands: Operands, out: torch.Tensor, m_indices: torch.Tensor) -> None:
         """For GEMMs, after the call: rows count that have an expert."""
         if _runs(out):
             experts = [expert for expert in m_indices.unique().tolist() if expert >= 0]
             segments = [Segment(expert, (m_indices == expert).nonzero().squeeze(1)) for expert in experts]
-            self._check("m_grouped_fp8_gemm_nt_contiguous", operands, out, segments)
+            self._check("gemm_nt_contiguous", operands, out, segments)
 
     def masked(self, operands: Operands, out: torch.Tensor, masked_m: torch.Tensor) -> None:
         """For GEMMs, after the call: the first rows of every expert count."""
@@ -157,11 +157,11 @@ class GemmAudit:
             rows = torch.arange(out.shape[0] * out.shape[1], device=out.device).view(out.shape[:2])
             counts = [(expert, count) for expert, count in enumerate(masked_m.tolist()) if count]
             segments = [Segment(expert, rows[expert, :count]) for expert, count in counts]
-            self._check("m_grouped_fp8_gemm_nt_masked", operands, out, segments)
+            self._check("gemm_nt_masked", operands, out, segments)
 
     def _check(
         self,
-        op: str,
+        form: str,
         operands: Operands,
         out: torch.Tensor,
         segments: list[Segment],
@@ -169,9 +169,10 @@ class GemmAudit:
     ) -> None:
         if not segments:
             return
-        a, _, b, _ = operands
-        site, experts, (n, k) = self._site(b), len(b) if b.dim() == 3 else None, b.shape[-2:]
-        key = site, op, experts, n, k
+        a, _, b = operands
+        *lead, n, k = b.shape
+        site, experts = self._site(b), lead[0] if lead else None
+        key = site, _operator(form, b), experts, n, k
         known = self._records.get(key)
         gemm = Gemm(operands, out, tuple(segments), bias, self._originals.find(a), self._weight(b))
         with torch.no_grad():
@@ -181,17 +182,28 @@ class GemmAudit:
         self._records[key] = known.merged(record) if known else record
         check_limits(record, self._limits)
 
-    def _weight(self, b: torch.Tensor) -> torch.Tensor | None:
-        original = self._original_of(b)
-        if original is not None and original.shape != b.shape:
+    def _weight(self, b: Weight) -> torch.Tensor | None:
+        original = self._original_of(_codes(b))
+        if original is not None and tuple(original.shape) != b.shape:
             where, got = f"audit_gemms: original of the weight of {self._site(b)}", list(original.shape)
             raise BlockscaleError("wrong shape", where=where, expected=list(b.shape), got=got)
         return original
 
-    def _site(self, b: torch.Tensor) -> str:
-        name = self._name_of(b)
+    def _site(self, b: Weight) -> str:
+        name = self._name_of(_codes(b))
         parts = self._sites if name is None else [*self._sites, name]
         return ".".join(parts) if parts else _calling_line()
+
+
+def _codes(weight: Weight) -> torch.Tensor:
+    """The tensor that a weight is known by."""
+    return weight.codes if isinstance(weight, FP8Weight) else weight.words
+
+
+def _operator(form: str, weight: Weight) -> str:
+    """Name of the operator that multiplies such a weight in a form as `gemm_nt_masked`."""
+    grouped = "m_grouped_" if len(weight.shape) == 3 else ""
+    return f"{grouped}{'fp8' if isinstance(weight, FP8Weight) else 'w4a8'}_{form}"
 
 
 def _by_weight(source: OfWeight[T] | None) -> Callable[[torch.Tensor], T | None]:

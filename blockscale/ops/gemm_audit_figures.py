@@ -32,13 +32,35 @@ from dataclasses import dataclass
 import torch
 
 from blockscale.ops.gemm_audit_records import Codes, Deviation, Peak
-from blockscale.reference import dequantize_activation, dequantize_weight
+from blockscale.reference import W4Weight, dequantize_activation, dequantize_w4, dequantize_weight
 from blockscale.reference.gemm_checks import GROUP
 
 _PIECE = 1 << 24  # values of a weight or of a result at a time
 _NAN, _LARGEST = 0x7F, 0x7E  # magnitudes of codes
 _CLIPPED = 464.0  # half way from 448 to what would come next
 _DIGITS = {torch.bfloat16: 8, torch.float32: 24}  # of a significand
+
+
+@dataclass(frozen=True)
+class FP8Weight:
+    """Codes (N, K) or (E, N, K) in blocks of 128 x 128, and their scales."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the codes."""
+        return tuple(self.codes.shape)
+
+    def __getitem__(self, expert: int) -> FP8Weight:
+        """That of one expert."""
+        return FP8Weight(self.codes[expert], self.scale[expert])
+
+
+Weight = FP8Weight | W4Weight
+# Codes of activations, their scales, and the weight.
+Operands = tuple[torch.Tensor, torch.Tensor, Weight]
 
 
 @dataclass(frozen=True)
@@ -53,7 +75,7 @@ class Segment:
 class Gemm:
     """One call: operands as the GEMMs take them, its result, and the originals of operands, if known."""
 
-    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    operands: Operands
     out: torch.Tensor
     segments: tuple[Segment, ...]
     bias: torch.Tensor | None = None
@@ -103,7 +125,7 @@ class _Rows:
 
 
 def _rows(gemm: Gemm, rows: torch.Tensor) -> _Rows:
-    a, a_scale, _, _ = gemm.operands
+    a, a_scale, _ = gemm.operands
     # FP8 cannot be indexed everywhere; bytes can.
     codes, scale = a.view(torch.uint8).flatten(0, -2)[rows], a_scale.flatten(0, -2)[rows]
     dequantized = dequantize_activation(codes.view(a.dtype), scale, dtype=torch.float32)
@@ -130,11 +152,9 @@ def _count(rows: _Rows) -> Codes:
 
 def _compare_all(gemm: Gemm, segment: Segment, rows: _Rows, first: int, last: int) -> dict[str, _Sums]:
     """The comparisons of columns first .. last - 1, which are rows of the weight."""
-    a, (_, _, b, b_scale) = rows.dequantized, gemm.operands
-    codes, grid = (b, b_scale) if b.dim() == 2 else (b[segment.expert], b_scale[segment.expert])
-    weight = dequantize_weight(
-        codes[first:last], grid[first // GROUP : -(-last // GROUP)], dtype=torch.float32
-    )
+    a, b = rows.dequantized, gemm.operands[2]
+    dense = len(b.shape) == 2
+    weight = _dequantized(b if dense else b[segment.expert], first, last)
     quantized, size = a @ weight.T, _size(a, weight)
     bias = None if gemm.bias is None else gemm.bias[first:last].to(torch.float32)
     truth, truth_size = (quantized, size) if bias is None else (quantized + bias, size + bias.abs())
@@ -147,13 +167,21 @@ def _compare_all(gemm: Gemm, segment: Segment, rows: _Rows, first: int, last: in
         product = best @ weight.T
         found["activations"] = _compare(quantized, product, _size(best, weight))
     if gemm.original_b is not None:
-        whole = gemm.original_b if b.dim() == 2 else gemm.original_b[segment.expert]
+        whole = gemm.original_b if dense else gemm.original_b[segment.expert]
         original = whole[first:last].to(weight.device, torch.float32)
         exact, exact_size = best @ original.T, _size(best, original)
         found["weight"] = _compare(product, exact, exact_size)
         if rows.original is not None:
             found["quantization"] = _compare(quantized, exact, exact_size)
     return found
+
+
+def _dequantized(weight: Weight, first: int, last: int) -> torch.Tensor:
+    """Rows first .. last - 1 of a weight (N, K), float32; `first` is a multiple of 128."""
+    if isinstance(weight, W4Weight):
+        return dequantize_w4(weight.rows(first, last))
+    grid = weight.scale[first // GROUP : -(-last // GROUP)]
+    return dequantize_weight(weight.codes[first:last], grid, dtype=torch.float32)
 
 
 def _size(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -245,6 +245,9 @@ _SHORT = {
     "fp8_gemm_nt": "dense",
     "m_grouped_fp8_gemm_nt_contiguous": "contiguous",
     "m_grouped_fp8_gemm_nt_masked": "masked",
+    "w4a8_gemm_nt": "w4-dense",
+    "m_grouped_w4a8_gemm_nt_contiguous": "w4-contiguous",
+    "m_grouped_w4a8_gemm_nt_masked": "w4-masked",
 }
 
 

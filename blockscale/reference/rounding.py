@@ -1,7 +1,7 @@
 """The inner loops of calibrated rounding: columns rounded one by one, each making up for what others lost.
 
 All of a block of columns (N, B) is float32, the scales s (.., N, G) are one for each row and run of
-`group_size` columns. For j = 0, 1, ..., B - 1, with grid(x) the E4M3 number nearest to x, saturating at 448:
+`group_size` columns. For j = 0, 1, ..., B - 1, with grid(x) the number of a `Grid` that is nearest to x:
 
     round_columns                                   descend_columns
         q_j = grid(w_j / s)                             b_j = q_j s
@@ -19,6 +19,8 @@ second.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,39 @@ import torch
 from blockscale.errors import BlockscaleError
 from blockscale.formats import E4M3_MAX
 from blockscale.reference import checks
+
+_EXPONENT_BIAS, _MANTISSA_BITS = 127, 23  # of float32
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The numbers that codes stand for: floating point of few bits, with subnormals, saturating.
+
+    Integers up to 2**(m + 1) - 1 are such numbers too: the subnormals, and the lowest binade above them.
+
+    Attributes:
+        largest: of the numbers.
+        smallest_normal: a power of two; below it numbers are as far apart as from it to its double.
+        mantissa_bits: m; numbers of a binade from 2**e on are 2**(e - m) apart.
+    """
+
+    largest: float
+    smallest_normal: float
+    mantissa_bits: int
+
+    @property
+    def to_last_bit(self) -> float:
+        """Times a binade (at least the smallest normal one), what x is to be added to, to be rounded there.
+
+        The sum of float32 has its last bit where the numbers of the grid have theirs.
+        """
+        return 1.5 * 2.0 ** (_MANTISSA_BITS - self.mantissa_bits)
+
+
+E4M3 = Grid(E4M3_MAX, 2.0**-6, 3)
+E2M1 = Grid(6.0, 1.0, 1)
+INT4 = Grid(7.0, 4.0, 2)
+INT3 = Grid(3.0, 2.0, 1)
 
 
 class RoundedColumns(NamedTuple):
@@ -43,7 +78,7 @@ class RoundedColumns(NamedTuple):
 
 
 def round_columns(
-    columns: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, group_size: int
+    columns: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, group_size: int, grid: Grid
 ) -> RoundedColumns:
     """Round a block of columns in order, with every candidate for its scales by itself.
 
@@ -52,6 +87,7 @@ def round_columns(
         factor: U, float32 (B, B); what is below the diagonal is not looked at.
         scale: float32 (F, N, G), F candidates, positive.
         group_size: columns of a row that share a scale; G = ceil(B / group_size).
+        grid: of the codes.
 
     Raises:
         BlockscaleError: wrong dtype or shape.
@@ -64,7 +100,7 @@ def round_columns(
     codes, errors = torch.empty_like(work), torch.empty_like(work)
     loss = torch.zeros(len(scale), rows, device=columns.device)
     for j in range(width):
-        codes[j] = to_grid(work[j] / spread[j])
+        codes[j] = to_grid(work[j] / spread[j], grid)
         errors[j] = (work[j] - codes[j] * spread[j]) / factor[j, j]
         work[j + 1 :] -= errors[j] * factor[j, j + 1 :, None, None]
         loss += errors[j] * errors[j]
@@ -72,7 +108,12 @@ def round_columns(
 
 
 def descend_columns(
-    slope: torch.Tensor, codes: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, group_size: int
+    slope: torch.Tensor,
+    codes: torch.Tensor,
+    norm: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    grid: Grid,
 ) -> torch.Tensor:
     """Codes of a block of columns, each the best one given all others and the scales.
 
@@ -82,6 +123,7 @@ def descend_columns(
         norm: H of these columns, float32 (B, B); what is below the diagonal is not looked at.
         scale: float32 (N, G), positive.
         group_size: columns of a row that share a scale; G = ceil(B / group_size).
+        grid: of the codes.
 
     Returns:
         float32 (N, B), numbers of the grid.
@@ -95,15 +137,20 @@ def descend_columns(
     spread = _spread(scale, group_size, slope.shape[1]).T.contiguous()
     for j in range(len(work)):
         before = result[j] * spread[j]
-        result[j] = to_grid((before + work[j] / norm[j, j]) / spread[j])
+        result[j] = to_grid((before + work[j] / norm[j, j]) / spread[j], grid)
         change = result[j] * spread[j] - before
         work[j + 1 :] -= change * norm[j, j + 1 :, None]
     return result.T.contiguous()
 
 
-def to_grid(x: torch.Tensor) -> torch.Tensor:
-    """The E4M3 numbers nearest to x, float32; ties to even, saturating, a zero keeps its sign."""
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+def to_grid(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The numbers nearest to x, float32; ties to the even multiple of the last bit, a zero keeps its sign."""
+    magnitude = x.abs().clamp_max(grid.largest)
+    _, exponent = torch.frexp(magnitude)  # of the double of the binade
+    lowest = round(math.log2(grid.smallest_normal))
+    last_bit = (exponent - 1).clamp_min(lowest) - grid.mantissa_bits
+    step = ((last_bit + _EXPONENT_BIAS) << _MANTISSA_BITS).to(torch.int32).view(torch.float32)
+    return ((magnitude / step).round() * step).copysign(x)
 
 
 def check_columns(

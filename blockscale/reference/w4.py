@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 
@@ -44,7 +44,7 @@ _BLOCKS = GROUP // MXFP4.group_size
 _INT4_SHIFT = 2.0**9
 _HIGHEST, _UNIT = 12, 6  # the largest t, and the t at which E4M3 has the values of E2M1 as they are
 _NAN_SCALE = 0xFF
-_SWAPPED = (1, 0, 2, 3, 4, 5, 6, 7)  # magnitudes of E2M1 as stored: 0 and 0.5 change places
+SWAPPED = (1, 0, 2, 3, 4, 5, 6, 7)  # magnitudes of E2M1 as stored: 0 and 0.5 change places
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ class W4Weight:
     def __getitem__(self, expert: int) -> W4Weight:
         """The weight (N, K) of one expert."""
         return W4Weight(self.words[expert], self.scale[expert], self.width, self.kind)
+
+    def rows(self, first: int, last: int) -> W4Weight:
+        """Rows first .. last - 1, of every expert."""
+        words, scale = self.words[..., first:last, :], self.scale[..., first:last]
+        return W4Weight(words, scale, self.width, self.kind)
 
     def room_for(self, experts: int) -> W4Weight:
         """Uninitialized, for that many weights like this one (N, K)."""
@@ -104,6 +109,21 @@ def prepare_w4(packed: torch.Tensor, scale: torch.Tensor, fmt: GroupInt | MXFP4,
     Raises:
         BlockscaleError: another format, a code of -8, a NaN among MXFP4's scales, wrong dtype or shape.
     """
+    check_preparable(packed, scale, fmt, width)
+    one = _from_mxfp4 if isinstance(fmt, MXFP4) else _from_int4
+    *lead, n, _ = packed.shape
+    groups = math.ceil(width / GROUP)
+    words = torch.empty((math.prod(lead), groups, n, 16), dtype=torch.int32, device=packed.device)
+    scales = torch.empty((math.prod(lead), groups, n), device=packed.device)
+    pairs = zip(packed.reshape(-1, *packed.shape[-2:]), scale.reshape(-1, *scale.shape[-2:]), strict=True)
+    for expert, (codes, each) in enumerate(pairs):
+        words[expert], scales[expert] = one(unpack(codes, 4, width), each)
+    kind: Kind = "mxfp4" if isinstance(fmt, MXFP4) else "int4"
+    return W4Weight(words.view(*lead, groups, n, 16), scales.view(*lead, groups, n), width, kind)
+
+
+def check_preparable(packed: torch.Tensor, scale: torch.Tensor, fmt: GroupInt | MXFP4, width: int) -> None:
+    """Refuse arguments of `prepare_w4` by their formats, dtypes and shapes."""
     op = "prepare_w4"
     if not (isinstance(fmt, MXFP4) or (isinstance(fmt, GroupInt) and (fmt.bits, fmt.group_size) == (4, 128))):
         raise BlockscaleError(
@@ -122,16 +142,6 @@ def prepare_w4(packed: torch.Tensor, scale: torch.Tensor, fmt: GroupInt | MXFP4,
     checks.check_shape(f"{op}: scale", tuple(scale.shape), group_scale_shape(shape, fmt))
     allowed = (torch.float8_e8m0fnu,) if isinstance(fmt, MXFP4) else checks.SCALE_DTYPES
     checks.check_dtype(f"{op}: scale", scale.dtype, allowed)
-    one = _from_mxfp4 if isinstance(fmt, MXFP4) else _from_int4
-    *lead, n, _ = packed.shape
-    groups = math.ceil(width / GROUP)
-    words = torch.empty((math.prod(lead), groups, n, 16), dtype=torch.int32, device=packed.device)
-    scales = torch.empty((math.prod(lead), groups, n), device=packed.device)
-    pairs = zip(packed.reshape(-1, *packed.shape[-2:]), scale.reshape(-1, *scale.shape[-2:]), strict=True)
-    for expert, (codes, each) in enumerate(pairs):
-        words[expert], scales[expert] = one(unpack(codes, 4, width), each)
-    kind: Kind = "mxfp4" if isinstance(fmt, MXFP4) else "int4"
-    return W4Weight(words.view(*lead, groups, n, 16), scales.view(*lead, groups, n), width, kind)
 
 
 def dequantize_w4(weight: W4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -147,7 +157,7 @@ def dequantize_w4(weight: W4Weight, dtype: torch.dtype = torch.float32) -> torch
         scale = (bits & -65536).view(torch.float32)
         shifts = 4 * torch.arange(_BLOCKS, device=bits.device)
         t = ((bits[..., None] >> shifts) & 15).repeat_interleave(MXFP4.group_size, dim=-1)
-        swapped = torch.tensor(_SWAPPED, dtype=torch.uint8, device=bits.device)
+        swapped = torch.tensor(SWAPPED, dtype=torch.uint8, device=bits.device)
         value = torch.ldexp(e2m1_value(swapped[magnitude]), t - _UNIT)
     value = torch.where(nibbles >= 8, -value, value) * scale[..., None]
     rows = value.transpose(-3, -2).flatten(-2)  # (..., N, 128 G)
@@ -157,41 +167,66 @@ def dequantize_w4(weight: W4Weight, dtype: torch.dtype = torch.float32) -> torch
 def _from_int4(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Words (G, N, 16) and scales (G, N) of one weight's nibbles (N, K) in two's complement."""
     if bool((codes == 8).any()):
-        raise BlockscaleError(
-            "a code of -8, which has no sign and magnitude in four bits",
-            where="prepare_w4: packed",
-            expected="codes from -7 to 7",
-            remedy="quantize symmetrically, to -7 .. 7",
-        )
+        refuse_minus_eight()
     nibbles = torch.where(codes > 8, 24 - codes, codes)  # -q = 16 - code, and the sign
-    return _words(nibbles), (scale.to(torch.float32) * _INT4_SHIFT).t().contiguous()
+    return _words(nibbles), int4_scale(scale)
+
+
+def int4_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Scales of INT4 codes (N, G) as those of a prepared weight, float32 (G, N)."""
+    return (scale.to(torch.float32) * _INT4_SHIFT).t().contiguous()
+
+
+def refuse_minus_eight() -> NoReturn:
+    """Say that there is a code of -8."""
+    raise BlockscaleError(
+        "a code of -8, which has no sign and magnitude in four bits",
+        where="prepare_w4: packed",
+        expected="codes from -7 to 7",
+        remedy="quantize symmetrically, to -7 .. 7",
+    )
 
 
 def _from_mxfp4(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of E2M1 codes (N, K) with E8M0 scales (N, ceil(K / 32))."""
-    exponent = scale.view(torch.uint8).to(torch.int32)
-    if bool((exponent == _NAN_SCALE).any()):
-        raise BlockscaleError("NaN among the scales", where="prepare_w4: scale", expected="finite scales")
     blocks = _in_groups(codes, MXFP4.group_size)  # (N, 4 G, 32)
-    pad = blocks.shape[1] - exponent.shape[1]
-    exponent = torch.nn.functional.pad(exponent, (0, pad))
-    asked = torch.where(((blocks & 7) != 0).any(-1), exponent, 0).unflatten(
-        -1, (-1, _BLOCKS)
-    )  # zeros ask for none
-    most = asked.amax(-1)  # (N, G)
-    t = (_HIGHEST + asked - most[..., None]).clamp_min(1)
-    lost = (most[..., None] - asked - (_HIGHEST - 1)).clamp_min(0).flatten(-2)  # binades below the range
+    folded, lost = fold_scales(((blocks & 7) != 0).any(-1), scale)
     if bool(lost.any()):
         smaller = torch.ldexp(e2m1_value(blocks), -lost[..., None].clamp_max(200))
         blocks = torch.where(lost[..., None] > 0, to_e2m1(smaller), blocks)
-    swapped = torch.tensor(_SWAPPED, dtype=torch.uint8, device=codes.device)
+    swapped = torch.tensor(SWAPPED, dtype=torch.uint8, device=codes.device)
     nibbles = swapped[(blocks & 7).to(torch.int64)] | (blocks & 8)
+    return _words(nibbles.flatten(1)), folded
+
+
+def fold_scales(used: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scale for every group of 128, with what its blocks of 32 add to exponents in the lower bits.
+
+    Args:
+        used: bool (N, 4 G), blocks with a code that is not zero: the others ask for no scale.
+        scale: float8_e8m0fnu (N, ceil(K / 32)).
+
+    Returns:
+        The scales of a prepared weight, float32 (G, N), and int32 (N, 4 G): by how many powers of two a block
+        is below what exponents can say.
+
+    Raises:
+        BlockscaleError: a NaN among the scales.
+    """
+    exponent = scale.view(torch.uint8).to(torch.int32)
+    if bool((exponent == _NAN_SCALE).any()):
+        raise BlockscaleError("NaN among the scales", where="prepare_w4: scale", expected="finite scales")
+    exponent = torch.nn.functional.pad(exponent, (0, used.shape[1] - exponent.shape[1]))
+    asked = torch.where(used, exponent, 0).unflatten(-1, (-1, _BLOCKS))
+    most = asked.amax(-1)  # (N, G)
+    t = (_HIGHEST + asked - most[..., None]).clamp_min(1)
+    lost = (most[..., None] - asked - (_HIGHEST - 1)).clamp_min(0).flatten(-2)
     # 2**-133, the smallest scale that can come out, is a power of two that bfloat16 has, too.
-    power = torch.ldexp(torch.ones(most.shape, dtype=torch.float64, device=codes.device), most - 127 - _UNIT)
+    power = torch.ldexp(torch.ones(most.shape, dtype=torch.float64, device=scale.device), most - 127 - _UNIT)
     bits = power.to(torch.float32).view(torch.int32)
     for block in range(_BLOCKS):
         bits = bits | (t[..., block].to(torch.int32) << 4 * block)
-    return _words(nibbles.flatten(1)), bits.t().contiguous().view(torch.float32)
+    return bits.t().contiguous().view(torch.float32), lost
 
 
 def _in_groups(codes: torch.Tensor, size: int) -> torch.Tensor:

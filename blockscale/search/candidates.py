@@ -15,7 +15,7 @@ from torch import nn
 
 from blockscale.checkpoint.decide import FP8
 from blockscale.checkpoint.families import Family, stored_block_size
-from blockscale.checkpoint.groups import stored_shapes
+from blockscale.checkpoint.group_storage import group_storage
 from blockscale.checkpoint.precision import WeightFormat, parse_weight_format
 from blockscale.errors import BlockscaleError
 from blockscale.formats import (
@@ -71,7 +71,7 @@ def in_groups(group: WrittenFormat, fmt: BlockFP8) -> Candidate:
     """Fewer than 8 bits, with activations in FP8 of the scale format of `fmt`."""
 
     def nbytes(shape: tuple[int, ...], _: Family) -> int:
-        return sum(tensor_nbytes(*each) for each in stored_shapes(group, shape))
+        return group_storage("blockscale", group).nbytes("", shape)
 
     return Candidate(spell_group_format(group), nbytes, partial(_quantized_module, fmt=fmt, group=group))
 
@@ -91,6 +91,12 @@ def candidates(
     Raises:
         BlockscaleError: an unknown format, or one that the layout has no place for.
     """
+    if layout not in _MIXED:
+        raise BlockscaleError(
+            f"the {layout} layout leaves nothing to choose: experts are INT4 and the rest FP8",
+            where="layout",
+            expected=" | ".join(_MIXED),
+        )
     wanted = names or _MIXED[layout]
     found: dict[tuple[int, int] | WrittenFormat, Candidate] = {}
     for name in wanted:
@@ -107,7 +113,7 @@ def candidates(
     low = [each for each in found if not isinstance(each, tuple)]
     if low and layout != "blockscale":
         raise BlockscaleError(
-            f"the {layout} layout has no place for weights of fewer than 8 bits",
+            f"weights of fewer than 8 bits are not searched for the {layout} layout",
             where="formats",
             got=spell_group_format(low[0]),
             remedy="take --layout blockscale",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,15 +82,25 @@ def open_space(
     Raises:
         BlockscaleError: no checkpoint, one that is quantized, or formats that are unknown or cannot be mixed.
     """
-    base = base or Recipe()
-    known = candidates(formats, base.layout, base.fmt.block_size, base.scale_fmt)
     source = open_source(model, revision)
     config, tensors = read_config(source), signatures(read_index(source))
+    return replace(space_of(model, config, tensors, base or Recipe(), formats), revision=revision)
+
+
+def space_of(
+    model: str,
+    config: dict[str, Any],
+    tensors: Mapping[str, Signature],
+    base: Recipe,
+    formats: tuple[str, ...] = (),
+) -> Space:
+    """As `open_space`, of what a checkpoint's config.json and headers say."""
+    known = candidates(formats, base.layout, base.fmt.block_size, base.scale_fmt)
     decisions = decide_quantize(tensors, config, base)
     names = [name for name, each in decisions.by_name.items() if each.action == "quantize"]
     units, family = find_units(names, tensors), family_of(config)
     nbytes = tuple(tuple(unit.nbytes(candidate, family) for candidate in known) for unit in units)
-    return Space(model, revision, base, tensors, units, known, nbytes, decisions.warnings)
+    return Space(model, None, base, tensors, units, known, nbytes, decisions.warnings)
 
 
 class Bench:

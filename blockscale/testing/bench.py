@@ -8,12 +8,14 @@ are therefore taken within a round and then summarized.
 from __future__ import annotations
 
 import datetime
+import gc
 import importlib.util
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -85,6 +87,29 @@ def flushed_microseconds(call: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
     return 1e3 * do_bench(call, warmup=10, rep=40, return_mode="median")
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given; elsewhere that is so already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give memory of what is gone back to a GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a GPU; elsewhere enough."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that tensors have taken on a GPU until now; elsewhere 0."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def load_module(file: Path) -> ModuleType:

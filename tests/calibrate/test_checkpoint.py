@@ -218,7 +218,7 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_no_half_file(tmp_path, monkeyp
     monkeypatch.setattr("blockscale.calibrate.text.os.fsync", full)
     with pytest.raises(BlockscaleError, match="disk is full"):
         CalibratedRounder(open_source(source), calibration()).run(
-            {"model.layers.0.mlp.up_proj.weight": BlockFP8()}, tmp_path, Silent()
+            {"model.layers.0.mlp.up_proj.weight": BlockFP8()}, "float32", tmp_path, Silent()
         )
     assert not [each for each in tmp_path.iterdir() if each.suffix == ".safetensors"]
 

@@ -42,7 +42,7 @@ def round_decoder(model, ids, fmt, choose=lambda name: True, search=None):
     for number, layer in enumerate(layers):
         start = f"{prefix}.{number}."
         names = [name.removeprefix(start) for name in linears(model) if name.startswith(start)]
-        wanted = {name: Wanted(fmt) for name in names if choose(name)}
+        wanted = {name: Wanted(fmt, fmt) for name in names if choose(name)}
         for place, rounding in round_layer(layer, chunks, wanted, search).roundings.items():
             found[start + place.parameter] = rounding
     return found

@@ -57,7 +57,7 @@ def test_no_more_than_a_layer_is_in_memory(folder, tmp_path, monkeypatch):
         return real(layer, *rest)
 
     monkeypatch.setattr(checkpoint, "round_layer", measured)
-    rounder(folder).run(weights_of(folder), tmp_path, Silent())
+    rounder(folder).run(weights_of(folder), "float32", tmp_path, Silent())
     assert len(seen) == LAYERS
     assert all(held <= mine for held, mine in seen)
 
@@ -75,7 +75,7 @@ def test_a_layer_is_gone_before_the_next_one_is_read(folder, tmp_path, monkeypat
     monkeypatch.setattr(partial, "read_tensor", noted)
     gc.collect()
     already = parameter_bytes()
-    rounder(folder).run(weights_of(folder), tmp_path, Silent())
+    rounder(folder).run(weights_of(folder), "float32", tmp_path, Silent())
     assert before == {str(number): already for number in range(LAYERS)}
 
 
@@ -89,7 +89,7 @@ def test_every_layer_reads_its_own_tensors_once(folder, tmp_path, monkeypatch):
         "round_layer",
         lambda *a, make=checkpoint.round_layer: found.append(list(read)) or read.clear() or make(*a),
     )
-    rounder(folder).run(weights_of(folder), tmp_path, Silent())
+    rounder(folder).run(weights_of(folder), "float32", tmp_path, Silent())
     own = [[name for name in names if ".layers." in name] for names in found]
     for number, names in enumerate(own):
         prefix = f"model.layers.{number}."
@@ -106,5 +106,5 @@ def test_the_whole_model_is_loaded_only_to_write_text(folder, tmp_path, monkeypa
     for text in (TEXT, SELF):
         place = tmp_path / str(len(text))
         place.mkdir()
-        rounder(folder, text).run(weights_of(folder), place, Silent())
+        rounder(folder, text).run(weights_of(folder), "float32", place, Silent())
     assert loaded == [str(folder)]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from blockscale import reference
+from blockscale.calibrate.formats import plain_points, values_of_points
 from blockscale.calibrate.hessian import (
     DAMPING,
     Moments,
@@ -11,20 +12,31 @@ from blockscale.calibrate.hessian import (
     output_error,
     target_weight,
 )
-from blockscale.calibrate.rounding import Search, inverse_factor, round_weight
+from blockscale.calibrate.rounding import Search, _rescaled, inverse_factor, round_weight
+from blockscale.checkpoint.rounded import QuantizedFormat
 from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.formats import BlockFP8, ScaleFmt
+from blockscale.group_formats import MXFP4, GroupInt
+from blockscale.group_spelling import spell_group_format
 
 FORMATS = [BlockFP8((128, 128), "float32"), BlockFP8((128, 128), "ue8m0"), BlockFP8((32, 48), "float32")]
-formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.block_size[0]}-{fmt.scale_fmt}")
+LOW = [GroupInt(), GroupInt(4, 64, "ue8m0"), GroupInt(3, 32), MXFP4()]
+
+
+def spelled(fmt: QuantizedFormat) -> str:
+    return f"{fmt.block_size[0]}-{fmt.scale_fmt}" if isinstance(fmt, BlockFP8) else spell_group_format(fmt)
+
+
+formats = pytest.mark.parametrize("fmt", [*FORMATS, *LOW], ids=spelled)
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def correlated(width: int, strength: float, scale_fmt: ScaleFmt = "float32") -> Moments:
+def correlated(width: int, strength: float, scale_fmt: ScaleFmt | str = "float32") -> Moments:
     """Moments of inputs whose directions have variances that fall by 10^-strength."""
+    scale_fmt = "ue8m0" if scale_fmt == "ue8m0" else "float32"
     directions, _ = torch.linalg.qr(gaussian(width, width, seed=1))
     x = gaussian(2 * width + 50, width, seed=2) * torch.logspace(0, -strength, width) @ directions
     scaled = reference.quantize_activation(x, 128, scale_fmt)
@@ -35,26 +47,35 @@ def white(width: int) -> Moments:
     return Moments(torch.eye(width), torch.eye(width), width)
 
 
-def values(rounded: tuple[torch.Tensor, torch.Tensor], fmt: BlockFP8) -> torch.Tensor:
-    return reference.dequantize_weight(*rounded, fmt.block_size, torch.float32)
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def error(rounded: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor, moments: Moments, fmt: BlockFP8):
+def values(rounded: Pair, fmt: QuantizedFormat, width: int) -> torch.Tensor:
+    if isinstance(fmt, BlockFP8):
+        return reference.dequantize_weight(*rounded, fmt.block_size, torch.float32)
+    return reference.dequantize_group(*rounded, fmt, width, torch.float32)
+
+
+def error(rounded: Pair, weight: torch.Tensor, moments: Moments, fmt: QuantizedFormat):
     """Of every row, in the norm that the rounding minimizes."""
     wanted = target_weight(weight, moments)
-    return output_error(wanted - values(rounded, fmt), damped(moments, DAMPING))
+    return output_error(wanted - values(rounded, fmt, weight.shape[1]), damped(moments, DAMPING))
 
 
-def plain(weight: torch.Tensor, fmt: BlockFP8) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.quantize_weight(weight, fmt.block_size, fmt.scale_fmt)
+def plain(weight: torch.Tensor, fmt: QuantizedFormat) -> Pair:
+    if isinstance(fmt, BlockFP8):
+        return reference.quantize_weight(weight, fmt.block_size, fmt.scale_fmt)
+    return reference.quantize_group(weight, fmt)
 
 
 @formats
 @pytest.mark.parametrize("shape", [(256, 256), (200, 300), (1, 130), (130, 1)])
 @pytest.mark.parametrize("sweeps", [0, 2])
 def test_identity_moments_without_search_are_plain_rounding_bitwise(
-    fmt: BlockFP8, shape: tuple[int, int], sweeps: int
+    fmt: QuantizedFormat, shape: tuple[int, int], sweeps: int
 ):
+    if fmt.scale_fmt == "bf16":
+        sweeps = 0  # scales of groups are made better before a sweep
     weight = (gaussian(*shape) * 0.05).bfloat16()
     codes, scale = round_weight(weight, white(shape[1]), fmt, Search(factors=(1.0,), sweeps=sweeps))
     plain_codes, plain_scale = plain(weight, fmt)
@@ -64,7 +85,7 @@ def test_identity_moments_without_search_are_plain_rounding_bitwise(
 
 @formats
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 2.0])
-def test_never_worse_than_plain_and_far_better_on_correlated_inputs(fmt: BlockFP8, strength: float):
+def test_never_worse_than_plain_and_far_better_on_correlated_inputs(fmt: QuantizedFormat, strength: float):
     weight, moments = gaussian(160, 320), correlated(320, strength, fmt.scale_fmt)
     ours = error(round_weight(weight, moments, fmt), weight, moments, fmt).sum()
     theirs = error(plain(weight, fmt), weight, moments, fmt).sum()
@@ -98,6 +119,34 @@ def test_sweeps_only_lower_the_error():
     assert errors[0] > errors[1] > errors[2] > errors[3]
 
 
+@pytest.mark.parametrize("fmt", LOW, ids=spelled)
+def test_searching_scales_lowers_the_error_of_few_bits(fmt: QuantizedFormat):
+    weight, moments = gaussian(64, 256), correlated(256, 1.0)
+    fixed, searched = (
+        float(error(round_weight(weight, moments, fmt, search), weight, moments, fmt).sum())
+        for search in (Search(factors=(1.0,), sweeps=0), Search(sweeps=0))
+    )
+    assert searched < fixed
+
+
+def test_scales_of_groups_become_better_before_each_sweep_and_stay_bf16():
+    fmt, weight, moments = GroupInt(4, 64), gaussian(50, 200), correlated(200, 1.0)
+    norm, target = damped(moments, DAMPING), target_weight(weight, moments)
+    points = plain_points(weight, fmt)
+    better = _rescaled(target, norm, points, fmt)
+    assert torch.equal(better.codes, points.codes)
+    assert torch.equal(better.scale, better.scale.bfloat16().float())
+    before, after = (output_error(target - values_of_points(each, fmt), norm) for each in (points, better))
+    assert bool((after <= before).all())
+    assert float(after.sum()) < 0.97 * float(before.sum())
+    # No other scale of a single group, the rest as it is, is better than what was found.
+    for factor in (0.99, 1.01):
+        other = better.scale.clone()
+        other[:, 1] *= factor
+        moved = output_error(target - values_of_points(better._replace(scale=other), fmt), norm)
+        assert float(moved.sum()) > float(after.sum())
+
+
 def test_searching_scales_lowers_the_error_of_float32_scales():
     fmt, weight, moments = FORMATS[0], gaussian(256, 256), correlated(256, 1.0)
     fixed, searched = (
@@ -108,7 +157,7 @@ def test_searching_scales_lowers_the_error_of_float32_scales():
 
 
 @formats
-def test_ragged_weights_have_the_layout_of_the_reference(fmt: BlockFP8):
+def test_ragged_weights_have_the_layout_of_the_reference(fmt: QuantizedFormat):
     weight, moments = gaussian(576, 200).bfloat16(), correlated(200, 1.0, fmt.scale_fmt)
     codes, scale = round_weight(weight, moments, fmt)
     plain_codes, plain_scale = plain(weight, fmt)
@@ -123,20 +172,20 @@ def test_ragged_weights_have_the_layout_of_the_reference(fmt: BlockFP8):
         plain_scale.stride(),
     )
     assert bool(codes.float().isfinite().all())
-    assert bool((scale > 0).all())
+    assert bool((scale.float() > 0).all())
     if fmt.scale_fmt == "ue8m0":
-        assert bool(reference.is_power_of_two(scale).all())
+        assert bool(reference.is_power_of_two(scale.float()).all())
 
 
 @formats
-def test_zero_weight_has_zero_codes_and_scales_of_one(fmt: BlockFP8):
+def test_zero_weight_has_zero_codes_and_scales_of_one(fmt: QuantizedFormat):
     codes, scale = round_weight(torch.zeros(140, 150), correlated(150, 1.0, fmt.scale_fmt), fmt)
     assert not codes.float().any()
-    assert bool((scale == 1).all())
+    assert bool((scale.float() == 1).all())
 
 
 @formats
-def test_zero_blocks_beside_others_are_served_too(fmt: BlockFP8):
+def test_zero_blocks_beside_others_are_served_too(fmt: QuantizedFormat):
     weight = gaussian(256, 256)
     weight[:128, 128:] = 0
     moments = correlated(256, 1.0, fmt.scale_fmt)
@@ -159,7 +208,7 @@ def test_singular_moments_work():
     moments = add_tokens(no_moments(192), x, x)
     rounded = round_weight(weight, moments, fmt, Search(damping=0.01))
     ours, theirs = (
-        ((weight - values(each, fmt)) @ x.T).square().sum() for each in (rounded, plain(weight, fmt))
+        ((weight - values(each, fmt, 192)) @ x.T).square().sum() for each in (rounded, plain(weight, fmt))
     )
     assert ours < 0.1 * theirs
 

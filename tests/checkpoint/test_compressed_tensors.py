@@ -130,6 +130,7 @@ def test_other_compressed_tensors_formats_are_refused(tmp_path, entry, got):
     line = data.refusal(lambda: dequantize_checkpoint(source, tmp_path / "out"), source, tmp_path / "out")
     assert line == (
         "config.json quantization_config: compressed-tensors checkpoint is not block FP8 "
-        f"(expected config groups with 8-bit float weights and strategy block or group, got {got}); "
+        f"(expected config groups with 8-bit float weights and strategy block or group, or packed groups, "
+        f"got {got}); "
         "start from an unquantized (BF16) or block FP8 checkpoint"
     )

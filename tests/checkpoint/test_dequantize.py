@@ -241,7 +241,7 @@ def test_nothing_to_dequantize(tmp_path):
         (
             {"quant_method": "awq"},
             "config.json quantization_config: quantization method is not block FP8 "
-            "(expected quant_method fp8, compressed-tensors or blockscale, got 'awq'); "
+            "(expected quant_method fp8, compressed-tensors, w4afp8 or blockscale, got 'awq'); "
             "start from an unquantized (BF16) or block FP8 checkpoint",
         ),
         (

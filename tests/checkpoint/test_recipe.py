@@ -243,7 +243,7 @@ def test_values_that_are_not_finite_in_what_is_kept_anyway_are_no_fault(tmp_path
         (lambda: Recipe("e4m3"), "unknown scale_fmt (expected float32 | ue8m0 | uf8m0 | null, got 'e4m3')"),
         (
             lambda: Recipe(layout="gguf"),
-            "unknown layout (expected deepseek | compressed-tensors | blockscale, got 'gguf')",
+            "unknown layout (expected deepseek | compressed-tensors | w4afp8 | blockscale, got 'gguf')",
         ),
         (
             lambda: Recipe(block_size="0x128"),

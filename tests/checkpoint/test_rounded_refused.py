@@ -130,4 +130,4 @@ def test_verify_finds_calibrated_weights_that_are_not_the_source(source, out, sp
     (problem,) = verify_checkpoint(out, source).problems
     assert problem.where == Q
     assert "is not the source: relative error " in str(problem)
-    assert str(problem).endswith(", a calibrated weight has at most 40%")
+    assert str(problem).endswith(", a calibrated weight of 8 bits has at most 40%")

@@ -54,6 +54,38 @@ def test_a_deepseek_v3_checkpoint_loads_after_the_round_trip(tmp_path: Path) -> 
         assert difference <= 0.03 * original[name].float().norm(), name
 
 
+def test_transformers_runs_int4_beside_fp8(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    config = transformers.LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "src")
+    recipe = Recipe(layout="compressed-tensors", precision={"attention": "fp8", "dense_mlp": "int4:g128"})
+    quantize_checkpoint(tmp_path / "src", tmp_path / "int4", recipe)
+    dequantize_checkpoint(tmp_path / "int4", tmp_path / "back")
+    theirs, ours = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.bfloat16)
+        for folder in ("int4", "back")
+    )
+    assert any(name.endswith("weight_packed") for name in theirs.state_dict())
+    ids = torch.arange(32).unsqueeze(0)
+    with torch.no_grad():
+        got, expected = (model(ids).logits.float() for model in (theirs, ours))
+    # Inputs are rounded to FP8 there, and weights are unpacked by the first forward.
+    assert (got - expected).norm() <= 0.05 * expected.norm()
+    unpacked = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        if ".mlp." in name:
+            assert torch.equal(unpacked[name], value), name
+
+
 def _load(folder: Path, quantization: object = None) -> dict[str, torch.Tensor]:
     options = {"quantization_config": quantization} if quantization else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)

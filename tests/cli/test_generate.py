@@ -36,6 +36,21 @@ def test_every_line_of_a_file_is_answered(fp8, tmp_path, blockscale):
         assert "16 written" in err
 
 
+def test_four_bit_experts_are_multiplied_and_audited(tmp_path, blockscale):
+    source = data.TINY_DEEPSEEK
+    assert blockscale("quantize", source, tmp_path / "low", "--recipe", "w4a8")[0] == 0
+    (tmp_path / "prompts").write_text("Who are you?\n")
+    options = ("--input-file", tmp_path / "prompts", "--max-new-tokens", 3, "--temperature", 0)
+    code, out, err = blockscale(
+        "generate", "--ckpt-path", tmp_path / "low", *options, "--compute", "fp8", "--debug-gemm"
+    )
+    assert (code, "Completion: " in out, "3 written" in err) == (0, True, True)
+    for layer in range(1, 6):
+        for part in ("gate_up", "down"):
+            assert f"layers.{layer}.mlp.{part} w4-masked" in re.sub(" +", " ", err)
+    assert "layers.0.mlp.down dense" in re.sub(" +", " ", err)
+
+
 def test_drafts_change_no_text_and_are_counted(tmp_path, blockscale):
     models.tiny_mtp(tmp_path / "model")
     (tmp_path / "prompts").write_text("Who are you?\nTell me of the sea.\n")

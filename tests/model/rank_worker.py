@@ -13,6 +13,7 @@ import torch.distributed as dist
 from blockscale.checkpoint.precision import parse_precision
 from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8
+from blockscale.group_formats import MXFP4, GroupInt
 from blockscale.metrics import kl_divergence
 from blockscale.model.attention import Batch
 from blockscale.model.config import from_huggingface
@@ -22,6 +23,15 @@ from blockscale.model.load import load_model
 from blockscale.model.prefill import prefill
 from blockscale.reference.attention import Spans
 from blockscale.testing.random_model import random_model
+
+# What two GPUs are compared with one in: options of random_model.
+FORMATS = {
+    "bf16": {},
+    "float32": {"fmt": BlockFP8()},
+    "ue8m0": {"fmt": BlockFP8(scale_fmt="ue8m0")},
+    "int4": {"fmt": BlockFP8(), "experts": GroupInt(4, 128)},
+    "mxfp4": {"fmt": BlockFP8(), "experts": MXFP4()},
+}
 
 
 def prompts(vocabulary=320):
@@ -95,16 +105,16 @@ def compare(path):
     results = {}
     with open_ranks("cuda") as ranks:
         for name, config in configs.items():
-            for fmt in (None, BlockFP8(), BlockFP8(scale_fmt="ue8m0")):
+            for kind, formats in FORMATS.items():
                 shape, some = from_huggingface(config), prompts(config["vocab_size"])
-                model = random_model(shape, ranks.device, fmt=fmt, ranks=ranks)
+                model = random_model(shape, ranks.device, **formats, ranks=ranks)
                 written = generate(model, some, max_new_tokens=24, stop=())
                 logits, everywhere = _after(model, some, written), ranks.gather(written)
                 if ranks.rank == 0:
-                    one = random_model(shape, ranks.device, fmt=fmt)
+                    one = random_model(shape, ranks.device, **formats)
                     result = _differences(one, some, written, logits)
                     result["same on both"] = everywhere == [written] * 2
-                    results[f"{name} {fmt.scale_fmt if fmt else 'bf16'}"] = result
+                    results[f"{name} {kind}"] = result
                 ranks.wait()
         if ranks.rank == 0:
             with open(f"{path}.results", "w") as file:

@@ -277,7 +277,7 @@ def test_keys_that_are_not_known_are_told_once_and_those_without_meaning_never(c
         (
             {"quantization_config": {"quant_method": "awq"}},
             "config.json quantization_config: quantization method is not block FP8 "
-            "(expected quant_method fp8, compressed-tensors or blockscale, got 'awq'); "
+            "(expected quant_method fp8, compressed-tensors, w4afp8 or blockscale, got 'awq'); "
             "start from an unquantized (BF16) or block FP8 checkpoint",
         ),
     ],

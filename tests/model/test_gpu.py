@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blockscale.formats import BlockFP8
+from blockscale.group_formats import MXFP4, GroupInt
 from blockscale.metrics import kl_divergence
 from blockscale.model.attention import Batch
 from blockscale.model.config import from_huggingface
@@ -51,7 +52,14 @@ V3 = {
     "moe_intermediate_size": 192,
 }
 CONFIGS = {"v2": V2, "v3": V3}
-FORMATS = {"bf16": None, "fp8": BlockFP8(), "ue8m0": BlockFP8(scale_fmt="ue8m0")}
+# Options of random_model.
+FORMATS = {
+    "bf16": {},
+    "fp8": {"fmt": BlockFP8()},
+    "ue8m0": {"fmt": BlockFP8(scale_fmt="ue8m0")},
+    "int4": {"fmt": BlockFP8(), "experts": GroupInt(4, 128)},
+    "mxfp4": {"fmt": BlockFP8(), "experts": MXFP4()},
+}
 # Nats between the same model with sums in another order, on average: quantized activations jump where sums
 # differ by an ulp, and a token near a tie of experts goes another way.
 CLOSE = 0.03
@@ -60,7 +68,7 @@ CLOSE = 0.03
 @pytest.fixture(scope="module", params=[(c, f) for c in CONFIGS for f in FORMATS], ids="-".join)
 def model(request):
     family, name = request.param
-    return random_model(from_huggingface(CONFIGS[family]), torch.device("cuda"), fmt=FORMATS[name])
+    return random_model(from_huggingface(CONFIGS[family]), torch.device("cuda"), **FORMATS[name])
 
 
 def prompts(*lengths):
@@ -70,7 +78,7 @@ def prompts(*lengths):
 
 def test_it_computes_what_the_cpu_computes(request, model):
     family, name = request.node.callspec.params["model"]
-    there = random_model(from_huggingface(CONFIGS[family]), torch.device("cpu"), fmt=FORMATS[name])
+    there = random_model(from_huggingface(CONFIGS[family]), torch.device("cpu"), **FORMATS[name])
     # Generators differ between devices: take the GPU's weights along.
     _copy(model, there)
     some = prompts(200, 3, 70)
@@ -108,10 +116,10 @@ def test_graphs_do_what_eager_calls_do(model, count):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_drafting_in_graphs_is_drafting_without(fmt, count):
+@pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
+def test_drafting_in_graphs_is_drafting_without(formats, count):
     config = from_huggingface({**V3, "num_nextn_predict_layers": 1})
-    model = random_model(config, torch.device("cuda"), fmt=fmt, mtp=True)
+    model = random_model(config, torch.device("cuda"), **formats, mtp=True)
     lengths = [300 + 41 * row for row in range(count)]
     seen = {}
     for draws in (False, True):  # what draws takes no graphs
@@ -171,6 +179,9 @@ def test_naive_and_absorbed_attention_of_a_call_agree(model):
     assert kl_divergence(*logits).mean() < CLOSE
 
 
+OURS = ("blockscale.model", "blockscale.reference.w4")
+
+
 def _copy(source, target):
     """Weights of one model into another of the same layers, wherever they are."""
     for name, theirs in vars(source).items():
@@ -184,7 +195,7 @@ def _copy_part(theirs, ours):
     elif isinstance(theirs, (list, tuple)):
         for one, other in zip(theirs, ours, strict=True):
             _copy_part(one, other)
-    elif hasattr(theirs, "__dict__") and type(theirs).__module__.startswith("blockscale.model"):
+    elif hasattr(theirs, "__dict__") and type(theirs).__module__.startswith(OURS):
         for name, each in vars(theirs).items():
             _copy_part(each, vars(ours)[name])
 

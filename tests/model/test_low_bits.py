@@ -10,11 +10,15 @@ from blockscale import huggingface, ops
 from blockscale.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.errors import CorruptCheckpointError
-from blockscale.metrics import calc_diff
+from blockscale.metrics import calc_diff, kl_divergence
+from blockscale.model import moe
+from blockscale.model.decode import decode
+from blockscale.model.gemm_names import gemm_names
 from blockscale.model.generate import generate
+from blockscale.model.prefill import prefill
 from tests import data
 from tests.model import models
-from tests.model.test_quantized import PROMPTS, SHAPE, load, logits
+from tests.model.test_quantized import PROMPTS, SHAPE, load, logits, tokens
 
 RECIPES = {
     "int4": {"default": "fp8", "experts": "int4:g128"},
@@ -44,10 +48,51 @@ def low(request, source, tmp_path_factory):
 
 
 def test_without_quantized_activations_it_is_the_dequantized_model(low, tmp_path):
+    """Which our runtime and transformers read alike: the same logits, and the same text."""
     _, folder = low
     dequantize_checkpoint(folder, tmp_path / "wide", dtype="F32")
-    expected = logits(load(tmp_path / "wide"))
-    torch.testing.assert_close(logits(load(folder, "high")), expected, rtol=0, atol=1e-4)
+    model = load(folder, "high")
+    got = logits(model)
+    torch.testing.assert_close(got, logits(load(tmp_path / "wide")), rtol=0, atol=1e-4)
+    theirs = models.transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.float32)
+    expected = torch.stack([models.logits(theirs, prompt)[-1] for prompt in PROMPTS])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    written = theirs.generate(torch.tensor(PROMPTS[:1]), max_new_tokens=5, do_sample=False)
+    assert (
+        generate(model, PROMPTS[:1], max_new_tokens=5, stop=())[0] == written[0, len(PROMPTS[0]) :].tolist()
+    )
+
+
+@pytest.mark.parametrize("low", ["int4", "mxfp4"], indirect=True)
+def test_a_step_continues_what_was_read_at_once(low):
+    """Masked experts after contiguous ones, against contiguous ones alone."""
+    _, folder = low
+    model, prompt = load(folder), tokens(150, 3)
+    assert len(prompt) > moe._FEW_TOKENS
+    cache = model.cache(1, 160)
+    prefill(model, cache, [prompt[:140]])
+    for length in range(141, 151):
+        step = decode(model, cache, [0], torch.tensor([prompt[length - 1]]), [length])
+    whole = prefill(model, model.cache(1, 160), [prompt])
+    assert kl_divergence(whole, step).mean() < 0.01
+
+
+@pytest.mark.parametrize("low", ["int4", "mxfp4"], indirect=True)
+def test_an_audit_sees_the_products_of_experts(low):
+    _, folder = low
+    model = load(folder)
+    with ops.audit_gemms(names=gemm_names(model), limits=ops.GemmLimits(calc_diff=1e-6)) as audit:
+        generate(model, [tokens(150)], max_new_tokens=2)
+    seen = {(record.site, record.op) for record in audit.records if "w4a8" in record.op}
+    assert seen == {
+        (f"layers.{layer}.mlp.{part}", f"m_grouped_w4a8_gemm_nt_{form}")
+        for layer in (1, 2)
+        for part in ("gate_up", "down")
+        for form in ("contiguous", "masked")
+    }
+    experts = [record for record in audit.records if "w4a8" in record.op]
+    assert all(1e-5 < record.activations.calc_diff < 1e-2 for record in experts)
+    assert any(record.op == "fp8_gemm_nt" for record in audit.records)
 
 
 @pytest.mark.parametrize("low", ["int4-alone", "mxfp4-alone"], indirect=True)

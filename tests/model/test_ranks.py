@@ -50,9 +50,24 @@ SAME = {
     "drafts": ("mtp", {"mtp": True}),
     "v2 divided": ("v2", {}),
     "whole blocks divided": ("aligned fp8", HIGH),
+    "experts in INT4": ("v3 int4", HIGH),
+    "experts in MXFP4, the rest in FP8": ("v2 mxfp4", HIGH),
+    "experts in INT4 dequantized at load": ("v3 int4 narrow", HIGH),
     **({"tiny-deepseek-v3": (str(data.TINY_DEEPSEEK), {})} if data.TINY_DEEPSEEK.is_dir() else {}),
 }
-ACTIVATIONS = ("aligned fp8", {"compute": "fp8"})
+# Whose quantized activations differ a little, because sums over ranks do.
+ACTIVATIONS = {
+    "FP8": ("aligned fp8", {"compute": "fp8"}),
+    "INT4 experts": ("v3 int4", {"compute": "fp8"}),
+    "MXFP4 experts, whole blocks": ("aligned mxfp4", {"compute": "fp8"}),
+}
+# Precisions of checkpoints in the layout "blockscale".
+LOW = {
+    "v3 int4": {"experts": "int4:g128"},
+    "v2 mxfp4": {"default": "fp8", "experts": "mxfp4"},
+    "aligned mxfp4": {"default": "fp8", "experts": "mxfp4"},
+    "v3 int4 narrow": {"experts": "int4:g32"},
+}
 # What is refused: name -> (world, a checkpoint for each rank, what every rank says).
 REFUSED = {
     "scale format": (
@@ -123,6 +138,9 @@ def checkpoints(tmp_path_factory):
     quantize_checkpoint(root / "v2", root / "v2 fp8", Recipe(exclude=["*shared_experts*"]))
     quantize_checkpoint(root / "aligned", root / "aligned fp8", Recipe(scale_fmt="ue8m0"))
     quantize_checkpoint(root / "aligned", root / "aligned float32")
+    for name, precision in LOW.items():
+        recipe = Recipe(layout="blockscale", precision=precision, scale_fmt="ue8m0")
+        quantize_checkpoint(root / name.split()[0], root / name, recipe)
     for world in WORLDS:
         for name in ("v2", "aligned fp8"):
             shard_checkpoint(root / name, root / f"{name} mp{world}", world)
@@ -172,7 +190,8 @@ def ends(processes, *, keep_open=False, timeout=100):
 def results(checkpoints, tmp_path_factory):
     """What each rank has computed, or what it says: one run of four processes, which also work as pairs."""
     jobs = {name: (world, folders, {}) for name, (world, folders, _) in REFUSED.items()}
-    for name, (folder, options) in {**SAME, "quantized activations": ACTIVATIONS}.items():
+    activations = {f"activations of {name}": case for name, case in ACTIVATIONS.items()}
+    for name, (folder, options) in {**SAME, **activations}.items():
         for world in WORLDS:
             own = f"{folder} mp{world}" if name.endswith("divided") else folder
             jobs[f"{name} on {world}"] = world, [own] * world, options
@@ -210,11 +229,12 @@ def test_all_ranks_have_the_same_logits(results):
             assert_bitwise_equal(each["logits"], ranks[0]["logits"])
 
 
-def test_quantized_activations_stay_close(checkpoints, results):
-    folder, options = ACTIVATIONS
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_quantized_activations_stay_close(name, checkpoints, results):
+    folder, options = ACTIVATIONS[name]
     expected = alone(checkpoints / folder, options)
     for world in WORLDS:
-        got = results[f"quantized activations on {world}"][0]
+        got = results[f"activations of {name} on {world}"][0]
         assert kl_divergence(expected["logits"], got["logits"]).max() < 0.02
 
 
@@ -314,7 +334,7 @@ def test_two_gpus_write_what_one_does(tmp_path):
     outputs = ends(start(2, "compare", tmp_path / "configs"), timeout=800)
     assert [code for code, _ in outputs] == [0, 0], outputs
     results = json.loads((tmp_path / "configs.results").read_text())
-    assert len(results) == 3 * len(test_gpu.CONFIGS)
+    assert len(results) == len(rank_worker.FORMATS) * len(test_gpu.CONFIGS)
     for name, each in results.items():
         print(f"{name}: {each}, of {3 * 24} tokens")
         assert each["same on both"], name

@@ -187,7 +187,7 @@ def test_formats_by_name():
         candidates(("fp8", "fp8:64x64"), "deepseek", (128, 128), "float32")
     with pytest.raises(BlockscaleError, match="unknown precision"):
         candidates(("int2",), "deepseek", (128, 128), "float32")
-    with pytest.raises(BlockscaleError, match="no place for weights of fewer than 8 bits"):
+    with pytest.raises(BlockscaleError, match="weights of fewer than 8 bits are not searched for"):
         candidates(("fp8", "int4"), "deepseek", (128, 128), "float32")
     low = candidates(("int4", "int4:g128", "mxfp4"), "blockscale", (128, 128), "float32")
     assert [each.name for each in low] == ["int4:g128", "mxfp4"]

@@ -8,12 +8,15 @@ of IEEE 754.
 
 from __future__ import annotations
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
 
 from blockscale.ops._triton.device import cdiv, current, next_power_of_2
 from blockscale.ops._triton.launch import quick
+from blockscale.reference.rounding import Grid
 
 # Three arrays of so many values in the registers of a program: 48 a thread.
 _VALUES = 2048
@@ -26,14 +29,16 @@ _BINADE = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def _to_grid(x):
-    """The E4M3 number nearest to x: ties to even, saturating, a zero keeps its sign."""
+def _to_grid(x, LARGEST: tl.constexpr, SMALLEST_NORMAL: tl.constexpr, TO_LAST_BIT: tl.constexpr):
+    """The number of a grid nearest to x: ties to even, saturating, a zero keeps its sign.
+
+    LARGEST and SMALLEST_NORMAL are the bits of these numbers.
+    """
     bits = x.to(tl.int32, bitcast=True)
-    magnitude = tl.minimum(bits & _MAGNITUDE, 0x43E00000)  # 448
-    # At least 2**-6, from where on numbers are as far apart as those below.
-    binade = tl.maximum(magnitude & _BINADE, 0x3C800000).to(tl.float32, bitcast=True)
+    magnitude = tl.minimum(bits & _MAGNITUDE, LARGEST)
+    binade = tl.maximum(magnitude & _BINADE, SMALLEST_NORMAL).to(tl.float32, bitcast=True)
     # The sum has its last bit where a number of the grid has its own.
-    rounder = binade * 1572864.0
+    rounder = binade * TO_LAST_BIT
     rounded = (magnitude.to(tl.float32, bitcast=True) + rounder) - rounder
     return (rounded.to(tl.int32, bitcast=True) | (bits & _SIGN)).to(tl.float32, bitcast=True)
 
@@ -60,6 +65,9 @@ def _round_columns_kernel(
     group_size,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST_NORMAL: tl.constexpr,
+    TO_LAST_BIT: tl.constexpr,
 ):
     candidate = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -77,7 +85,7 @@ def _round_columns_kernel(
         scale = tl.load(scales + j // group_size, mask=counts, other=1.0)
         factor = tl.load(factor_ptr + j * width + column, mask=(column > j) & (column < width), other=0.0)
         w = _taken_out(work, chosen)
-        code = _to_grid(tl.div_rn(w, scale))
+        code = _to_grid(tl.div_rn(w, scale), LARGEST, SMALLEST_NORMAL, TO_LAST_BIT)
         error = tl.div_rn(w - code * scale, tl.load(factor_ptr + j * width + j))
         codes = tl.where(chosen, code[:, None], codes)
         errors = tl.where(chosen, error[:, None], errors)
@@ -103,6 +111,9 @@ def _descend_columns_kernel(
     group_size,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST_NORMAL: tl.constexpr,
+    TO_LAST_BIT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -117,14 +128,14 @@ def _descend_columns_kernel(
         norm = tl.load(norm_ptr + j * width + column, mask=(column > j) & (column < width), other=0.0)
         before = _taken_out(codes, chosen) * scale
         step = tl.div_rn(_taken_out(work, chosen), tl.load(norm_ptr + j * width + j))
-        code = _to_grid(tl.div_rn(before + step, scale))
+        code = _to_grid(tl.div_rn(before + step, scale), LARGEST, SMALLEST_NORMAL, TO_LAST_BIT)
         codes = tl.where(chosen, code[:, None], codes)
         work -= (code * scale - before)[:, None] * norm[None, :]
     tl.store(result_ptr + inside, codes, mask=mask)
 
 
 def round_columns(
-    columns: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, group_size: int
+    columns: torch.Tensor, factor: torch.Tensor, scale: torch.Tensor, group_size: int, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(codes (F, N, B), errors (F, N, B), loss (F, N)), as the reference; at least one row and column."""
     n, width = columns.shape
@@ -146,6 +157,7 @@ def round_columns(
             group_size,
             ROWS=rows,
             WIDTH=across,
+            **_constants(grid),
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )
@@ -153,7 +165,12 @@ def round_columns(
 
 
 def descend_columns(
-    slope: torch.Tensor, codes: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, group_size: int
+    slope: torch.Tensor,
+    codes: torch.Tensor,
+    norm: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    grid: Grid,
 ) -> torch.Tensor:
     """Codes (N, B), as the reference; at least one row and column."""
     n, width = slope.shape
@@ -172,6 +189,7 @@ def descend_columns(
             group_size,
             ROWS=rows,
             WIDTH=across,
+            **_constants(grid),
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )
@@ -181,6 +199,12 @@ def descend_columns(
 def fits(width: int) -> bool:
     """Whether a row of a block of columns fits the registers of a program."""
     return width <= LARGEST_WIDTH
+
+
+def _constants(grid: Grid) -> dict[str, int | float]:
+    """Of a grid, as the kernels take it."""
+    largest, smallest = struct.unpack("<2i", struct.pack("<2f", grid.largest, grid.smallest_normal))
+    return {"LARGEST": largest, "SMALLEST_NORMAL": smallest, "TO_LAST_BIT": grid.to_last_bit}
 
 
 def _tile(width: int) -> tuple[int, int]:
