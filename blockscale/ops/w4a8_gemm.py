@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from blockscale.errors import BlockscaleError
-from blockscale.ops import gemm_dispatch
+from blockscale.ops import gemm_audit, gemm_dispatch
 from blockscale.reference import w4a8_checks
 from blockscale.reference.w4 import W4Weight
 
@@ -62,9 +62,14 @@ def w4a8_gemm_nt(
     Raises:
         BlockscaleError: wrong dtype, shape, layout or device of an argument, or a backend that cannot run.
     """
+    if _is_traced(a, b, out):
+        op = torch.ops.blockscale.w4a8_gemm_nt
+        return op(a, a_scale, b.words, b.scale, b.kind, bias, out_dtype, backend)
     out = w4a8_checks.dense_output(a, a_scale, b, bias, out_dtype, out)
     if out.numel():
-        _module(a.device, a.shape[0] > _FEW_ROWS, backend).w4a8_gemm_nt(a, a_scale, b, bias, out)
+        implementation(a.device, a.shape[0] > _FEW_ROWS, backend).w4a8_gemm_nt(a, a_scale, b, bias, out)
+        if gemm_audit.current is not None:
+            gemm_audit.current.dense((a, a_scale, b), out, bias)
     return out
 
 
@@ -95,10 +100,15 @@ def m_grouped_w4a8_gemm_nt_contiguous(
     Raises:
         BlockscaleError: wrong dtype, shape, layout or device of an argument, or a backend that cannot run.
     """
+    if _is_traced(a, b, out):
+        op = torch.ops.blockscale.m_grouped_w4a8_gemm_nt_contiguous
+        return op(a, a_scale, b.words, b.scale, b.kind, m_indices, backend)
     out = w4a8_checks.contiguous_output(a, a_scale, b, m_indices, out)
     if out.numel():
-        run = _module(a.device, True, backend).m_grouped_w4a8_gemm_nt_contiguous
+        run = implementation(a.device, True, backend).m_grouped_w4a8_gemm_nt_contiguous
         run(a, a_scale, b, m_indices, out)
+        if gemm_audit.current is not None:
+            gemm_audit.current.contiguous((a, a_scale, b), out, m_indices)
     return out
 
 
@@ -129,15 +139,29 @@ def m_grouped_w4a8_gemm_nt_masked(
     Raises:
         BlockscaleError: wrong dtype, shape, layout or device of an argument, or a backend that cannot run.
     """
+    if _is_traced(a, b, out):
+        op = torch.ops.blockscale.m_grouped_w4a8_gemm_nt_masked
+        return op(a, a_scale, b.words, b.scale, b.kind, masked_m, expected_m, backend)
     out = w4a8_checks.masked_output(a, a_scale, b, masked_m, expected_m, out)
     if out.numel():
-        run = _module(a.device, expected_m > _FEW_ROWS, backend).m_grouped_w4a8_gemm_nt_masked
+        run = implementation(a.device, expected_m > _FEW_ROWS, backend).m_grouped_w4a8_gemm_nt_masked
         run(a, a_scale, b, masked_m, expected_m, out)
+        if gemm_audit.current is not None:
+            gemm_audit.current.masked((a, a_scale, b), out, masked_m)
     return out
 
 
-def _module(device: torch.device, many: bool, backend: W4A8Backend) -> ModuleType:
-    """Where the implementations are that run on a device; many: for many rows."""
+def _is_traced(a: torch.Tensor, b: W4Weight, out: torch.Tensor | None) -> bool:
+    """Whether the operator is to stand for a call; it does not know a weight's K, which is that of `a`."""
+    return torch.compiler.is_compiling() and out is None and a.shape[-1] == b.width
+
+
+def implementation(device: torch.device, many: bool, backend: W4A8Backend) -> ModuleType:
+    """Where the functions are that run on a device; many: for many rows.
+
+    Raises:
+        BlockscaleError: a backend that is unknown or cannot run.
+    """
     if backend == "auto":
         candidates = _candidates(device, many)
     elif backend in _MODULES:
