@@ -23,7 +23,7 @@ from blockscale.ops.quantize_weight import quantize_weight
 from blockscale.ops.rms_norm_quantize import Normed, rms_norm, rms_norm_quantize
 from blockscale.ops.rounding import descend_columns, round_columns
 from blockscale.ops.silu_mul_quantize import silu_mul, silu_mul_quantize
-from blockscale.ops.w4a8 import (
+from blockscale.ops.w4a8_gemm import (
     m_grouped_w4a8_gemm_nt_contiguous,
     m_grouped_w4a8_gemm_nt_masked,
     w4a8_gemm_nt,

@@ -62,7 +62,7 @@ def implementation(
         choice = find_choice(op, device, sizes) if device.type == "cuda" else None
         tuned = chosen(op, choice) if choice is not None else None
         return tuned or heuristic(op, device)[1]
-    reason = _unfit(backend, device)
+    reason = unfit(backend, device)
     found, error = (None, reason) if reason else _load(op, backend)
     if found is None:
         raise BlockscaleError(
@@ -88,7 +88,7 @@ def heuristic(op: Op, device: torch.device) -> tuple[GemmBackend, Callable[..., 
 
 def available(op: Op, device: torch.device, backends: Iterable[str]) -> tuple[str, ...]:
     """Those of `backends` that can run an operator on a device."""
-    return tuple(name for name in backends if not _unfit(name, device) and _load(op, name)[0] is not None)
+    return tuple(name for name in backends if not unfit(name, device) and _load(op, name)[0] is not None)
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -107,7 +107,7 @@ def _candidates(device: torch.device) -> tuple[GemmBackend, ...]:
     return ("cuda", "triton", "dequantized") if hopper else ("triton", "dequantized")
 
 
-def _unfit(backend: str, device: torch.device) -> str | None:
+def unfit(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot run on a device, or None."""
     if backend not in _NEEDS:
         return None

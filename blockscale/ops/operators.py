@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import library
 
-from blockscale.ops import gemm, w4a8
+from blockscale.ops import gemm, w4a8_gemm
 from blockscale.ops.gemm_dispatch import GemmBackend
 from blockscale.ops.w4a8_gemm import W4A8Backend
 from blockscale.reference import gemm_checks, w4a8_checks
@@ -95,7 +95,7 @@ def w4a8_gemm_nt(
 ) -> torch.Tensor:
     """`ops.w4a8_gemm_nt`."""
     b, chosen = _weight(a, words, b_scale, kind), cast(W4A8Backend, backend)
-    return w4a8.w4a8_gemm_nt(a, a_scale, b, bias=bias, out_dtype=out_dtype, backend=chosen)
+    return w4a8_gemm.w4a8_gemm_nt(a, a_scale, b, bias=bias, out_dtype=out_dtype, backend=chosen)
 
 
 @library.custom_op("blockscale::m_grouped_w4a8_gemm_nt_contiguous", mutates_args=())
@@ -110,7 +110,7 @@ def m_grouped_w4a8_gemm_nt_contiguous(
 ) -> torch.Tensor:
     """`ops.m_grouped_w4a8_gemm_nt_contiguous`."""
     b, chosen = _weight(a, words, b_scale, kind), cast(W4A8Backend, backend)
-    return w4a8.m_grouped_w4a8_gemm_nt_contiguous(a, a_scale, b, m_indices, backend=chosen)
+    return w4a8_gemm.m_grouped_w4a8_gemm_nt_contiguous(a, a_scale, b, m_indices, backend=chosen)
 
 
 @library.custom_op("blockscale::m_grouped_w4a8_gemm_nt_masked", mutates_args=())
@@ -126,7 +126,7 @@ def m_grouped_w4a8_gemm_nt_masked(
 ) -> torch.Tensor:
     """`ops.m_grouped_w4a8_gemm_nt_masked`."""
     b, chosen = _weight(a, words, b_scale, kind), cast(W4A8Backend, backend)
-    return w4a8.m_grouped_w4a8_gemm_nt_masked(a, a_scale, b, masked_m, expected_m, backend=chosen)
+    return w4a8_gemm.m_grouped_w4a8_gemm_nt_masked(a, a_scale, b, masked_m, expected_m, backend=chosen)
 
 
 @w4a8_gemm_nt.register_fake

@@ -4,23 +4,34 @@
 
 Weights are prepared once, by `prepare_w4`. Shapes, layouts and rounding are those of
 `blockscale.reference.w4a8`, from which every backend differs in rounding only (`metrics.calc_diff` < 1e-5).
-Hopper runs Triton; everything else dequantizes (`_dequantized_w4a8`). Nothing here waits for the GPU, except
-the dequantizing contiguous form.
+Hopper runs CUDA C++ where there are many rows, and Triton where there are few, as other GPUs with FP8
+arithmetic do; everything else dequantizes (`_dequantized_w4a8`). Nothing here waits for the GPU, except the
+dequantizing contiguous form.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from types import ModuleType
 from typing import Literal
 
 import torch
 
 from blockscale.errors import BlockscaleError
-from blockscale.ops import gemm_dispatch
+from blockscale.ops import gemm_audit, gemm_dispatch
 from blockscale.reference import w4a8_checks
 from blockscale.reference.w4 import W4Weight
 
-W4A8Backend = Literal["auto", "dequantized", "triton"]
+W4A8Backend = Literal["auto", "dequantized", "triton", "cuda"]
+# Up to so many rows Triton's kernels measured faster on an H100. Of contiguous rows the host does not know
+# how many count, and CUDA C++ is never much slower.
+_FEW_ROWS = 32
+_MODULES = {
+    "dequantized": "blockscale.ops._dequantized_w4a8",
+    "triton": "blockscale.ops._triton.w4a8s",
+    "cuda": "blockscale.ops._cuda.w4a8_gemm",
+}
 
 
 def w4a8_gemm_nt(
@@ -51,9 +62,14 @@ def w4a8_gemm_nt(
     Raises:
         BlockscaleError: wrong dtype, shape, layout or device of an argument, or a backend that cannot run.
     """
+    if _is_traced(a, b, out):
+        op = torch.ops.blockscale.w4a8_gemm_nt
+        return op(a, a_scale, b.words, b.scale, b.kind, bias, out_dtype, backend)
     out = w4a8_checks.dense_output(a, a_scale, b, bias, out_dtype, out)
     if out.numel():
-        _module(a.device, backend).w4a8_gemm_nt(a, a_scale, b, bias, out)
+        implementation(a.device, a.shape[0] > _FEW_ROWS, backend).w4a8_gemm_nt(a, a_scale, b, bias, out)
+        if gemm_audit.current is not None:
+            gemm_audit.current.dense((a, a_scale, b), out, bias)
     return out
 
 
@@ -84,10 +100,15 @@ def m_grouped_w4a8_gemm_nt_contiguous(
     Raises:
         BlockscaleError: wrong dtype, shape, layout or device of an argument, or a backend that cannot run.
     """
+    if _is_traced(a, b, out):
+        op = torch.ops.blockscale.m_grouped_w4a8_gemm_nt_contiguous
+        return op(a, a_scale, b.words, b.scale, b.kind, m_indices, backend)
     out = w4a8_checks.contiguous_output(a, a_scale, b, m_indices, out)
     if out.numel():
-        run = _module(a.device, backend).m_grouped_w4a8_gemm_nt_contiguous
+        run = implementation(a.device, True, backend).m_grouped_w4a8_gemm_nt_contiguous
         run(a, a_scale, b, m_indices, out)
+        if gemm_audit.current is not None:
+            gemm_audit.current.contiguous((a, a_scale, b), out, m_indices)
     return out
 
 
@@ -118,34 +139,59 @@ def m_grouped_w4a8_gemm_nt_masked(
     Raises:
         BlockscaleError: wrong dtype, shape, layout or device of an argument, or a backend that cannot run.
     """
+    if _is_traced(a, b, out):
+        op = torch.ops.blockscale.m_grouped_w4a8_gemm_nt_masked
+        return op(a, a_scale, b.words, b.scale, b.kind, masked_m, expected_m, backend)
     out = w4a8_checks.masked_output(a, a_scale, b, masked_m, expected_m, out)
     if out.numel():
-        run = _module(a.device, backend).m_grouped_w4a8_gemm_nt_masked
+        run = implementation(a.device, expected_m > _FEW_ROWS, backend).m_grouped_w4a8_gemm_nt_masked
         run(a, a_scale, b, masked_m, expected_m, out)
+        if gemm_audit.current is not None:
+            gemm_audit.current.masked((a, a_scale, b), out, masked_m)
     return out
 
 
-def _module(device: torch.device, backend: W4A8Backend) -> ModuleType:
-    """Where the implementations are that run on a device."""
-    from blockscale.ops import _dequantized_w4a8
+def _is_traced(a: torch.Tensor, b: W4Weight, out: torch.Tensor | None) -> bool:
+    """Whether the operator is to stand for a call; it does not know a weight's K, which is that of `a`."""
+    return torch.compiler.is_compiling() and out is None and a.shape[-1] == b.width
 
-    if backend == "dequantized":
-        return _dequantized_w4a8
-    if backend not in ("auto", "triton"):
-        raise BlockscaleError(
-            "unknown backend",
-            where="W4A8: backend",
-            expected="auto | dequantized | triton",
-            got=repr(backend),
-        )
-    if backend == "auto" and not gemm_dispatch.has_fp8(device):
-        return _dequantized_w4a8
+
+def implementation(device: torch.device, many: bool, backend: W4A8Backend) -> ModuleType:
+    """Where the functions are that run on a device; many: for many rows.
+
+    Raises:
+        BlockscaleError: a backend that is unknown or cannot run.
+    """
+    if backend == "auto":
+        candidates = _candidates(device, many)
+    elif backend in _MODULES:
+        candidates = (backend,)
+    else:
+        expected = " | ".join(("auto", *_MODULES))
+        raise BlockscaleError("unknown backend", where="W4A8: backend", expected=expected, got=repr(backend))
+    reason = ""
+    for name in candidates:
+        reason = gemm_dispatch.unfit(name, device) or ""
+        module, error = (None, reason) if reason else _load(name)
+        if module is not None:
+            return module
+        reason = error
+    raise BlockscaleError(
+        f"backend {backend} is not available", where="W4A8: backend", got=reason, remedy="use 'auto'"
+    )
+
+
+def _candidates(device: torch.device, many: bool) -> tuple[str, ...]:
+    """Backends for a device, the best first."""
+    if not gemm_dispatch.has_fp8(device):
+        return ("dequantized",)
+    return ("cuda", "triton", "dequantized") if many else ("triton", "dequantized")
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The implementations of a backend, or None and why there are none."""
     try:
-        from blockscale.ops._triton import w4a8s
+        return importlib.import_module(_MODULES[name]), ""
     except ImportError as error:
-        if backend == "auto":
-            return _dequantized_w4a8
-        raise BlockscaleError(
-            "backend triton is not available", where="W4A8: backend", got=error, remedy="use 'auto'"
-        ) from error
-    return w4a8s
+        return None, str(error)

@@ -11,6 +11,7 @@ from blockscale.errors import BlockscaleError
 from blockscale.group_formats import MXFP4, GroupInt
 from blockscale.metrics import calc_diff
 from blockscale.ops import w4a8_gemm as ops
+from blockscale.ops._cuda.w4a8_configs import W4Tile
 from blockscale.reference import packing, quantize_activation, w4, w4a8
 from blockscale.reference.fp4 import quantize_mxfp4
 from blockscale.reference.int4 import quantize_int
@@ -35,6 +36,31 @@ DEVICES = [
 ]
 DENSE = [None, W4Config(16, 64, 3, 2, 4), W4Config(64, 64, 1, 3, 4), W4Config(128, 128, 1, 3, 8)]
 GROUPED = [None, W4GroupedConfig(16, 64, 4, 4), W4GroupedConfig(64, 64, 3, 4, 128)]
+TILES = [  # of CUDA C++
+    W4Tile(),
+    W4Tile(cluster=2),
+    W4Tile(rows=64),
+    W4Tile(waves=1, cluster=2),
+    W4Tile(rows=64, waves=1),
+    W4Tile(rows=64, warpgroups=1, waves=1),
+]
+
+
+def places(configs, tiles):
+    """Devices with what runs there: Triton's configurations, and tiles of CUDA C++ on a GPU."""
+    (cpu, gpu), named = DEVICES, [*configs, *tiles]
+    return [pytest.param("cpu", each, marks=cpu.marks, id=f"cpu-{each}") for each in configs] + [
+        pytest.param("cuda", each, marks=gpu.marks, id=f"cuda-{each}") for each in named
+    ]
+
+
+def kernels(config, triton):
+    """Where the kernels of a configuration or tile are."""
+    if not isinstance(config, W4Tile):
+        return triton
+    from blockscale.ops._cuda import w4a8_gemm as cuda_kernels  # needs the driver
+
+    return cuda_kernels
 
 
 @pytest.fixture(params=DEVICES)
@@ -79,32 +105,35 @@ def assert_rows_close(got, expected):
         assert calc_diff(one, other) < (INTERPRETER_BF16_LIMIT if cut else LIMIT), f"row {row}"
 
 
-@pytest.mark.parametrize("config", DENSE, ids=str)
-@pytest.mark.parametrize("m", [0, 1, 7, 70])
+@pytest.mark.parametrize(("device", "config"), places(DENSE, TILES), indirect=["device"])
+@pytest.mark.parametrize("m", [0, 1, 7, 70, 300])
 def test_any_number_of_rows_and_ragged_blocks(device, kind, config, m):
     a, a_scale = rows_of((m, K), device)
     b = weight_of((N, K), kind, device)
     out = poisoned((m, N), torch.float32, device)
-    assert dense_kernel.w4a8_gemm_nt(a, a_scale, b, None, out, config) is out
+    run = kernels(config, dense_kernel).w4a8_gemm_nt
+    assert run(a, a_scale, b, None, out, config) is out
     assert_rows_close(out, w4a8.w4a8_gemm_nt(a, a_scale, b, out_dtype=torch.float32))
 
 
 @pytest.mark.parametrize(("n", "k"), [(128, 256), (576, 128), (16, 16), (144, 1040)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_other_sizes_with_bias(device, kind, n, k, dtype):
+@pytest.mark.parametrize(("device", "backend"), places(["triton"], ["cuda"]), indirect=["device"])
+def test_other_sizes_with_bias(device, backend, kind, n, k, dtype):
     a, a_scale = rows_of((20, k), device)
     b = weight_of((n, k), kind, device)
     bias = data.gaussian((n,)).to(device)
-    found = ops.w4a8_gemm_nt(a, a_scale, b, bias=bias, out_dtype=dtype, backend="triton")
+    found = ops.w4a8_gemm_nt(a, a_scale, b, bias=bias, out_dtype=dtype, backend=backend)
     assert_rows_close(found, w4a8.w4a8_gemm_nt(a, a_scale, b, bias=bias, out_dtype=dtype))
 
 
-def test_every_code_is_multiplied_exactly(device, kind):
+@pytest.mark.parametrize(("device", "backend"), places(["triton"], ["cuda"]), indirect=["device"])
+def test_every_code_is_multiplied_exactly(device, backend, kind):
     """One activation of 1 a row picks a column of the weight, which must come out to the bit."""
     b = weight_of((64, 256), kind, device)
     a = torch.eye(256, device=device)[::3].to(torch.float8_e4m3fn)
     a_scale = torch.ones(a.shape[0], 2, device=device)
-    found = ops.w4a8_gemm_nt(a, a_scale, b, out_dtype=torch.float32, backend="triton")
+    found = ops.w4a8_gemm_nt(a, a_scale, b, out_dtype=torch.float32, backend=backend)
     assert_bitwise_equal(found + 0.0, w4.dequantize_w4(b).t()[::3].contiguous() + 0.0)
 
 
@@ -132,11 +161,8 @@ def test_split_k_gives_the_same_bits_whatever_the_workspace_held(device, monkeyp
         assert_bitwise_equal(run(), expected)
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype"),
-    list(zip(GROUPED, (torch.bfloat16, torch.float32, torch.bfloat16), strict=True)),
-    ids=str,
-)
+@pytest.mark.parametrize(("device", "config"), places(GROUPED, TILES), indirect=["device"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_contiguous_experts_empty_ones_and_padding(device, kind, config, dtype):
     a, a_scale = rows_of((640, K), device)
     a.view(torch.uint8)[230:256] = 0x7F  # padding may hold anything
@@ -144,20 +170,23 @@ def test_contiguous_experts_empty_ones_and_padding(device, kind, config, dtype):
     indices = torch.full((640,), -1, dtype=torch.int32, device=device)
     indices[:230], indices[256:257], indices[384 : 384 + 27] = 2, 0, 3
     out = poisoned((640, N), dtype, device)
-    grouped_kernel.m_grouped_w4a8_gemm_nt_contiguous(a, a_scale, b, indices, out, config)
+    run = kernels(config, grouped_kernel).m_grouped_w4a8_gemm_nt_contiguous
+    run(a, a_scale, b, indices, out, config)
     expected = w4a8.m_grouped_w4a8_gemm_nt_contiguous(a, a_scale, b, indices, out=torch.empty_like(out))
     counted = indices >= 0
     assert_rows_close(out[counted], expected[counted])
 
 
-@pytest.mark.parametrize(("config", "expected_m"), list(zip(GROUPED, (1, 1, 40), strict=True)), ids=str)
+@pytest.mark.parametrize(("device", "config"), places(GROUPED, TILES), indirect=["device"])
+@pytest.mark.parametrize("expected_m", [1, 40])
 def test_masked_experts_write_their_rows_and_no_others(device, kind, config, expected_m):
     a, a_scale = rows_of((5, 80, K), device)
     b = weight_of((5, N, K), kind, device)
     counts = [0, 1, 17, 80, 400]  # more than there is room for means all of them
     out = poisoned((5, 80, N), torch.bfloat16, device)
     masked_m = torch.tensor(counts, dtype=torch.int32, device=device)
-    grouped_kernel.m_grouped_w4a8_gemm_nt_masked(a, a_scale, b, masked_m, expected_m, out, config)
+    run = kernels(config, grouped_kernel).m_grouped_w4a8_gemm_nt_masked
+    run(a, a_scale, b, masked_m, expected_m, out, config)
     expected = w4a8.m_grouped_w4a8_gemm_nt_masked(
         a, a_scale, b, masked_m, expected_m, out=torch.zeros_like(out)
     )
@@ -167,7 +196,8 @@ def test_masked_experts_write_their_rows_and_no_others(device, kind, config, exp
 
 
 @pytest.mark.parametrize("where", ["code", "scale"])
-def test_nan_stays_in_its_row(device, where):
+@pytest.mark.parametrize(("device", "backend"), places(["triton"], ["cuda"]), indirect=["device"])
+def test_nan_stays_in_its_row(device, backend, where):
     a, a_scale = rows_of((9, K), device)
     if where == "scale":
         a_scale[3, 4] = torch.nan
@@ -175,7 +205,7 @@ def test_nan_stays_in_its_row(device, where):
         pytest.skip("Triton's interpreter takes the NaN code for 480")
     else:
         a.view(torch.uint8)[3, 0] = 0x7F  # in memory behind row 2, whose last group is half a one
-    nan = ops.w4a8_gemm_nt(a, a_scale, weight_of((N, K), "int4", device), backend="triton").isnan()
+    nan = ops.w4a8_gemm_nt(a, a_scale, weight_of((N, K), "int4", device), backend=backend).isnan()
     assert bool(nan[3].all())
     assert int(nan.sum()) == N
 
@@ -224,6 +254,8 @@ def test_wrong_arguments_are_named():
     with pytest.raises(BlockscaleError, match="expected_m: bad value"):
         ops.m_grouped_w4a8_gemm_nt_masked(*shaped, experts, indices[:2], -1)
     with pytest.raises(BlockscaleError, match="unknown backend"):
+        ops.w4a8_gemm_nt(a, a_scale, b, backend="gluon")
+    with pytest.raises(BlockscaleError, match="backend cuda is not available"):
         ops.w4a8_gemm_nt(a, a_scale, b, backend="cuda")
 
 
@@ -265,9 +297,10 @@ def test_experts_of_the_16b_model(kind, tokens, n, k):
 
 
 @pytest.mark.gpu
-def test_split_k_replays_in_a_graph():
+@pytest.mark.parametrize("m", [16, 100], ids=["split-k", "many"])
+def test_products_replay_in_a_graph(m):
     cuda = torch.device("cuda")
-    a, a_scale = rows_of((16, 7168), cuda)
+    a, a_scale = rows_of((m, 7168), cuda)
     b = weight_of((2112, 7168), "int4", cuda)
     expected = ops.w4a8_gemm_nt(a, a_scale, b)
     out = torch.empty_like(expected)

@@ -16,8 +16,8 @@ from typing import Literal
 Kind = Literal["dense", "contiguous", "masked"]
 KINDS: tuple[Kind, ...] = ("dense", "contiguous", "masked")
 BLOCK_K = 128
-_SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks per multiprocessor
-_MAX_STAGES = 8
+SHARED_BYTES = {1: 232448, 2: 115712}  # of a block, by blocks per multiprocessor
+MAX_STAGES = 8
 MOST_EXPERTS = 512  # of masked few rows, whose counts a block keeps
 
 
@@ -83,8 +83,8 @@ class Tile:
 
     def stages(self, out_float32: bool) -> int:
         """Stages that fit."""
-        free = _SHARED_BYTES[self.occupancy] - self._fixed_bytes(out_float32)
-        return min(_MAX_STAGES, free // self.stage_bytes)
+        free = SHARED_BYTES[self.occupancy] - self._fixed_bytes(out_float32)
+        return min(MAX_STAGES, free // self.stage_bytes)
 
     def shared_bytes(self, out_float32: bool) -> int:
         """Dynamic shared memory of a block."""
@@ -116,7 +116,7 @@ class Tile:
     def sources(self, kind: Kind, *, out_float32: bool, bias: int) -> tuple[str, dict[str, str]]:
         """Source file of the kernel and its generated headers; bias: 0 none, 1 bfloat16, 2 float32."""
         math_registers, feed_registers = self.registers
-        constants = {
+        values = {
             "BN": self.block_n, "WGS": self.warpgroups, "WAVES": self.waves, "SIDE": self.side,
             "STAGES": self.stages(out_float32), "CLUSTER": self.cluster, "OCCUPANCY": self.occupancy,
             "GROUP": self.band, "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32,
@@ -124,7 +124,7 @@ class Tile:
             "SHARE_A": self.share == "a", "LINE_BYTES": self.line_bytes(out_float32),
         }  # fmt: skip
         headers = {
-            "config.cuh": _constants(constants),
+            "config.cuh": constants(values),
             "wgmma.cuh": wgmma_header(self.unit_n),
         }
         return "fp8_gemm.cu", headers
@@ -180,7 +180,7 @@ class FewTile:
 
     def stages(self, out_float32: bool) -> int:
         """Stages that fit."""
-        return min(_MAX_STAGES, (_SHARED_BYTES[self.occupancy] - self._fixed_bytes) // self.stage_bytes)
+        return min(MAX_STAGES, (SHARED_BYTES[self.occupancy] - self._fixed_bytes) // self.stage_bytes)
 
     def shared_bytes(self, out_float32: bool) -> int:
         """Dynamic shared memory of a block."""
@@ -193,12 +193,12 @@ class FewTile:
 
     def sources(self, kind: Kind, *, out_float32: bool, bias: int) -> tuple[str, dict[str, str]]:
         """Source file of the kernel and its generated headers; bias: 0 none, 1 bfloat16, 2 float32."""
-        constants = {
+        values = {
             "BT": self.rows, "WGS": self.warpgroups, "WAVES": self.waves, "SPLITS": self.splits,
             "STAGES": self.stages(out_float32), "OCCUPANCY": self.occupancy,
             "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32, "MOST_EXPERTS": MOST_EXPERTS,
         }  # fmt: skip
-        return "fp8_gemm_few.cu", {"config.cuh": _constants(constants), "wgmma.cuh": wgmma_header(self.rows)}
+        return "fp8_gemm_few.cu", {"config.cuh": constants(values), "wgmma.cuh": wgmma_header(self.rows)}
 
 
 AnyTile = Tile | FewTile
@@ -209,7 +209,7 @@ def takes(tile: AnyTile, kind: Kind, experts: int) -> bool:
     return kind != "masked" or isinstance(tile, Tile) or experts <= MOST_EXPERTS
 
 
-def _constants(values: Mapping[str, int | bool]) -> str:
+def constants(values: Mapping[str, int | bool]) -> str:
     lines = ["#pragma once"]
     for name, value in values.items():
         if isinstance(value, bool):
@@ -219,20 +219,28 @@ def _constants(values: Mapping[str, int | bool]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def wgmma_header(n: int) -> str:
-    """The text of wgmma.cuh: the instruction that adds 64 x n products over 32 of K to n / 2 registers."""
+def wgmma_header(n: int, *, a_registers: bool = False) -> str:
+    """The text of wgmma.cuh: the instruction that adds 64 x n products over 32 of K to n / 2 registers.
+
+    The first operand lies in shared memory, or in four registers of every thread.
+    """
     count = n // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     instruction = f"wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3"
+    names, given, kind = f"%{count}", '"l"(a)', "unsigned long long a"
+    if a_registers:
+        names = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
+        given, kind = ", ".join(f'"r"(a[{i}])' for i in range(4)), "const unsigned int (&a)[4]"
+    b = count + (4 if a_registers else 1)
     return f"""#pragma once
 template <int ACCUMULATE>
-__device__ __forceinline__ void wgmma(float (&d)[{count}], unsigned long long a, unsigned long long b) {{
+__device__ __forceinline__ void wgmma(float (&d)[{count}], {kind}, unsigned long long b) {{
   asm volatile(
-      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
-      "{instruction} {{{registers}}}, %{count}, %{count + 1}, p, 1, 1;\\n}}"
+      "{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{b + 1}, 0;\\n"
+      "{instruction} {{{registers}}}, {names}, %{b}, p, 1, 1;\\n}}"
       : {operands}
-      : "l"(a), "l"(b), "n"(ACCUMULATE));
+      : {given}, "l"(b), "n"(ACCUMULATE));
 }}
 """
 

@@ -37,57 +37,12 @@ constexpr int ALIGNED = alignment(UNIT_N), SCALE_ROWS = rows_seen(UNIT_N), TILE_
 constexpr int B_SCALE_BYTES = 16;
 static_assert(TILE_SCALE_ROWS * 4 <= B_SCALE_BYTES, "room for the weight scales of a stage");
 
-struct Tile {
-  int m0, n0;  // first row (within the expert if masked) and column
-  int expert;
-  int rows;    // rows from here on are not stored
-};
+// Rows of an expert, when masked.
+__device__ __forceinline__ int rows_of(const Problem& problem, int expert) {
+  return load_int(problem.layout + expert);
+}
 
-// Hands out the tiles of this block, in an order in which tiles that run together share rows and columns.
-struct Scheduler {
-  const Problem& problem;
-  int index, step, rank;
-  int expert = 0, before = 0;  // masked: where the walk over the experts is, tiles of the experts before
-
-  __device__ explicit Scheduler(const Problem& p)
-      : problem(p), index(blockIdx.x / CLUSTER), step(gridDim.x / CLUSTER), rank(CLUSTER == 2 ? cluster_rank() : 0) {}
-
-  __device__ __forceinline__ void place(Tile& tile, int local, int m_tiles) {
-    const int per_band = GROUP * problem.n_tiles;
-    const int band = local / per_band, in_band = local - band * per_band;
-    const int height = min(GROUP, m_tiles - band * GROUP);
-    const int n_tile = in_band / height;
-    tile.m0 = (band * GROUP + in_band - n_tile * height) * SUPER_M + (SHARE_A ? 0 : rank * BM);
-    tile.n0 = n_tile * SUPER_N + (SHARE_A ? rank * BN : 0);
-  }
-
-  __device__ __forceinline__ bool take(Tile& tile) {
-    if constexpr (KIND == 2) {
-      int m_tiles;
-      while (true) {
-        if (expert >= problem.experts) return false;
-        tile.rows = load_int(problem.layout + expert);
-        m_tiles = (tile.rows + SUPER_M - 1) / SUPER_M;
-        if (index < before + m_tiles * problem.n_tiles) break;
-        before += m_tiles * problem.n_tiles;
-        ++expert;
-      }
-      place(tile, index - before, m_tiles);
-      tile.expert = expert;
-      index += step;
-      return true;
-    } else {
-      while (index < problem.m_tiles * problem.n_tiles) {
-        place(tile, index, problem.m_tiles);
-        index += step;
-        tile.rows = problem.m;
-        tile.expert = KIND == 1 ? load_int(problem.layout + tile.m0) : 0;
-        if (tile.expert >= 0) return true;
-      }
-      return false;
-    }
-  }
-};
+#include "schedule.cuh"
 
 // Shared memory: stages of a, of b, staged waves of out, all 1024-byte aligned for the swizzle; stages of a_scale,
 // of b_scale; barriers.

@@ -13,6 +13,7 @@ of the weight as in `reference/w4.py`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -119,15 +120,16 @@ def _w4a8_gemm_kernel(
             tl.store(counter_ptr, TAG << 8)
 
 
+@functools.cache
 def choose_config(m: int, n: int, k: int, processors: int) -> W4Config:
-    """The configuration for a shape on a GPU with that many multiprocessors."""
+    """The configuration for a shape on a GPU with that many multiprocessors, as measured on an H100."""
     if m > 64:
         return W4Config(128, 128, 1, 3, 8) if m > 256 else W4Config(64, 128, 1, 4, 8)
     block_m = max(16, next_power_of_2(m))
     programs, groups = cdiv(n, 64), cdiv(k, 128)
-    # About four programs a multiprocessor, each with at least four groups to multiply.
-    split_k = max(1, min(4 * processors // programs, groups // 4, 16))
-    return W4Config(block_m, 64, split_k, 4, 4)
+    # About two programs a multiprocessor, each with at least four groups to multiply.
+    split_k = max(1, min(2 * processors // programs, groups // 4, 16))
+    return W4Config(block_m, 64, split_k, 5 if block_m == 16 else 4, 4)
 
 
 def w4a8_gemm_nt(
