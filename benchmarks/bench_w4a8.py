@@ -30,6 +30,7 @@ from triton.errors import TritonError
 from w4a8_problem import Case, Problem, Run
 
 from blockscale.metrics import calc_diff
+from blockscale.ops._cuda.w4a8_configs import W4Tile
 from blockscale.ops._triton.w4a8 import W4Config
 from blockscale.ops._triton.w4a8_grouped import W4GroupedConfig
 from blockscale.reference.w4 import W4Weight
@@ -68,6 +69,14 @@ GROUPED_VARIANTS = (
     G(128, 128, 3, 8),
     G(128, 128, 4, 8),
 )
+CUDA_VARIANTS = (
+    W4Tile(rows=64, warpgroups=1, waves=1),
+    W4Tile(rows=64, waves=1),
+    W4Tile(waves=1),
+    W4Tile(rows=64),
+    W4Tile(),
+    W4Tile(cluster=2),
+)
 DENSE_VARIANTS = {
     16: (
         *(D(16, 64, split, stages, 4) for split in (2, 4, 8, 14) for stages in (3, 5)),
@@ -93,7 +102,10 @@ def variants(case: Case) -> Iterator[Any]:
     """Tiles worth timing for a case."""
     if case.layout == "dense":
         yield from next(tiles for most, tiles in DENSE_VARIANTS.items() if case.tokens <= most)
+        yield from CUDA_VARIANTS if case.tokens > 16 else ()
         return
+    if case.tokens > 16 or case.layout == "contiguous":
+        yield from (tile for tile in CUDA_VARIANTS if tile.waves == 2)
     least, most = max(16, min(64, case.tokens // 2)), max(16, 2 * case.tokens - 1)
     if case.layout == "contiguous" and case.tokens <= 48:
         least, most = 16, 64  # what a tile computes is narrower where there are few rows
@@ -148,7 +160,7 @@ def _compile(job: tuple[Case, Any]) -> None:
 
 
 def compile_all(cases: list[Case]) -> None:
-    """Every tile of every case into Triton's cache, several at a time."""
+    """Every tile of every case into the caches of compilers, several at a time."""
     jobs: dict[Any, tuple[Case, Any]] = {}
     for case in cases:
         for config in variants(case):
@@ -210,7 +222,7 @@ def compete(p: Problem, peer: Peer | None, rounds: int) -> dict[str, list[float]
     timers: dict[str, Callable[[], float] | None] = {}
     if peer is None:
         for config in variants(p.case):
-            name = "w4a8 " + "-".join(str(part) for part in vars(config).values())
+            name = f"w4a8 {type(config).__name__} " + "-".join(str(part) for part in vars(config).values())
             timers[name] = checked_timer(p, problems.run_w4(p, config), exact, name)
     else:
         timers["humming"] = peer.timer(p, exact)

@@ -11,6 +11,8 @@ import torch
 
 from blockscale import ops, reference
 from blockscale.ops import w4a8_gemm
+from blockscale.ops._cuda import w4a8_gemm as cuda_kernel
+from blockscale.ops._cuda.w4a8_configs import W4Tile
 from blockscale.ops._triton import w4a8 as dense_kernel
 from blockscale.ops._triton import w4a8_grouped as grouped_kernel
 from blockscale.reference import w4a8
@@ -126,12 +128,12 @@ def run_w4(p: Problem, config: Any = None) -> Run:
             return lambda: w4a8_gemm.m_grouped_w4a8_gemm_nt_contiguous(*operands, p.rows, out=p.out)
         return lambda: w4a8_gemm.m_grouped_w4a8_gemm_nt_masked(*operands, p.rows, p.case.tokens, out=p.out)
     if p.case.layout == "dense":
-        return lambda: dense_kernel.w4a8_gemm_nt(*operands, None, p.out, config)
+        dense = cuda_kernel if isinstance(config, W4Tile) else dense_kernel
+        return lambda: dense.w4a8_gemm_nt(*operands, None, p.out, config)
+    grouped = cuda_kernel if isinstance(config, W4Tile) else grouped_kernel
     if p.case.layout == "contiguous":
-        return lambda: grouped_kernel.m_grouped_w4a8_gemm_nt_contiguous(*operands, p.rows, p.out, config)
-    return lambda: grouped_kernel.m_grouped_w4a8_gemm_nt_masked(
-        *operands, p.rows, p.case.tokens, p.out, config
-    )
+        return lambda: grouped.m_grouped_w4a8_gemm_nt_contiguous(*operands, p.rows, p.out, config)
+    return lambda: grouped.m_grouped_w4a8_gemm_nt_masked(*operands, p.rows, p.case.tokens, p.out, config)
 
 
 def run_fp8(p: Problem) -> Run:
