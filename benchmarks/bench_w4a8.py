@@ -76,6 +76,9 @@ CUDA_VARIANTS = (
     W4Tile(rows=64),
     W4Tile(),
     W4Tile(cluster=2),
+    # Three warpgroups with fewer sums each: while one promotes, two are left to multiply.
+    W4Tile(warpgroups=3, waves=1),
+    W4Tile(warpgroups=3, waves=1, cluster=2),
 )
 DENSE_VARIANTS = {
     16: (
@@ -105,7 +108,7 @@ def variants(case: Case) -> Iterator[Any]:
         yield from CUDA_VARIANTS if case.tokens > 16 else ()
         return
     if case.tokens > 16 or case.layout == "contiguous":
-        yield from (tile for tile in CUDA_VARIANTS if tile.waves == 2)
+        yield from (tile for tile in CUDA_VARIANTS if tile.waves == 2 or tile.warpgroups == 3)
     least, most = max(16, min(64, case.tokens // 2)), max(16, 2 * case.tokens - 1)
     if case.layout == "contiguous" and case.tokens <= 48:
         least, most = 16, 64  # what a tile computes is narrower where there are few rows
