@@ -43,6 +43,7 @@ TILES = [  # of CUDA C++
     W4Tile(waves=1, cluster=2),
     W4Tile(rows=64, waves=1),
     W4Tile(rows=64, warpgroups=1, waves=1),
+    W4Tile(warpgroups=3, waves=1),
 ]
 
 

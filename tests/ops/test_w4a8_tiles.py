@@ -14,7 +14,7 @@ SHAPES = ((4096, 7168), (7168, 2048))
 
 
 @pytest.mark.parametrize("out_float32", [False, True])
-@pytest.mark.parametrize("tile", (*OFFERED, W4Tile(warpgroups=3, waves=1)), ids=repr)
+@pytest.mark.parametrize("tile", [*OFFERED, W4Tile(warpgroups=3, waves=1)], ids=repr)
 def test_every_tile_on_offer_fits(tile, out_float32):
     assert tile.shared_bytes(out_float32) + 1024 <= SHARED_BYTES
     assert tile.stages(out_float32) >= 3, "fewer leave the tensor cores waiting for memory"
