@@ -4,6 +4,7 @@ from blockscale.ops import operators as operators  # registers torch.ops.blocksc
 from blockscale.ops.dequantize_group import dequantize_group
 from blockscale.ops.dequantize_w4 import dequantize_w4
 from blockscale.ops.dequantize_weight import dequantize_weight
+from blockscale.ops.fake_quantize import fake_quantize_activation, fake_quantize_weight
 from blockscale.ops.gemm import (
     fp8_gemm_nt,
     m_grouped_fp8_gemm_nt_contiguous,
@@ -40,6 +41,8 @@ __all__ = [
     "dequantize_w4",
     "dequantize_weight",
     "descend_columns",
+    "fake_quantize_activation",
+    "fake_quantize_weight",
     "find_nonfinite",
     "flag_nonfinite",
     "fp8_gemm_nt",

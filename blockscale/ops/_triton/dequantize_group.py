@@ -24,7 +24,7 @@ _HALF = tl.constexpr(126 << 23)  # exponent bits of 0.5
 
 
 @triton.jit
-def _e2m1_value(field):
+def e2m1_value(field):
     """float32 number of the four bits of an E2M1 code."""
     m = field & 7
     # Two exponent bits of bias 1 and a mantissa bit, moved to where float32 has its own.
@@ -65,7 +65,7 @@ def _dequantize_group_kernel(
     if INTEGER:
         value = ((field ^ (1 << (BITS - 1))) - (1 << (BITS - 1))).to(tl.float32)
     else:
-        value = _e2m1_value(field)
+        value = e2m1_value(field)
     scale = tl.load(scale_ptr + row[:, None] * groups + (column // GROUP)[None, :], mask=mask, other=0.0)
     target = x_ptr + row[:, None] * k + column[None, :]
     tl.store(target, narrow_canonical(value * scale, x_ptr.dtype.element_ty), mask=mask)

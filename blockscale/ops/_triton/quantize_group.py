@@ -33,7 +33,7 @@ _BITS_OF = {torch.bfloat16: torch.int16, torch.float8_e8m0fnu: torch.uint8}
 
 
 @triton.jit
-def _group_scale(amax, LARGEST: tl.constexpr, POW2: tl.constexpr):
+def group_scale(amax, LARGEST: tl.constexpr, POW2: tl.constexpr):
     """Float32 bits of the scale, of the bits of a finite amax."""
     bits = tl.div_rn(amax.to(tl.float32, bitcast=True), LARGEST).to(tl.int32, bitcast=True)
     bits = tl.where(amax == 0, _ONE, tl.maximum(bits, _MIN_SCALE))
@@ -44,7 +44,7 @@ def _group_scale(amax, LARGEST: tl.constexpr, POW2: tl.constexpr):
 
 
 @triton.jit
-def _e2m1_field(x):
+def e2m1_field(x):
     """Four bits of the E2M1 number nearest to float32 x, |x| at most 7: ties to the even mantissa."""
     m = tl.abs(x)
     count = (m > 0.25).to(tl.int32) + (m >= 0.75).to(tl.int32) + (m > 1.25).to(tl.int32)
@@ -84,12 +84,12 @@ def _quantize_group_kernel(
     x = widen(tl.load(source, mask=inside & (column < k)[None, :], other=0.0))
     x = tl.reshape(x, (ROWS, WIDTH // GROUP, GROUP))
     amax = tl.max(magnitude(x), axis=2)
-    scale = _group_scale(amax, LARGEST, POW2)  # (ROWS, WIDTH // GROUP)
+    scale = group_scale(amax, LARGEST, POW2)  # (ROWS, WIDTH // GROUP)
     quotient = tl.div_rn(x, tl.broadcast_to(scale.to(tl.float32, bitcast=True)[:, :, None], x.shape))
     if INTEGER:
         fields = (quotient + _TO_INTEGER).to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
     else:
-        fields = _e2m1_field(quotient)
+        fields = e2m1_field(quotient)
 
     line = expert * n + row[:, None]
     group = tile_k * (WIDTH // GROUP) + tl.arange(0, WIDTH // GROUP)
