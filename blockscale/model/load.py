@@ -59,6 +59,8 @@ class _Settings:
         """All of it by name, to be compared."""
         values = {**dict(self.config), **vars(self)}
         del values["config"]
+        stored = values.pop("stored")  # scale format and block size are fields of their own
+        values |= {"layout": stored and stored.layout, "low": stored and stored.low}
         return {name: str(value) for name, value in values.items()}
 
 

@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused(both, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     name = next(name for name in data.read(theirs) if "down_proj.weight_scale" in name)
     data.rewrite(tmp_path, lambda tensors: tensors.update({name: torch.ones(3, 5)}))
-    with pytest.raises(BlockscaleError, match="scales? (grid )?do(es)? not fit"):
+    with pytest.raises(BlockscaleError, match=r"scales? (grid )?do(es)? not fit"):
         load(tmp_path)
     data.rewrite(tmp_path, lambda tensors: tensors.pop(name))
     with pytest.raises(MissingScaleError):
