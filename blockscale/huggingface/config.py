@@ -29,8 +29,8 @@ class BlockscaleConfig(QuantizationConfigMixin):
     """How FP8 linear layers compute, and what is quantized as it is read.
 
     After loading, `model.config.quantization_config` is one of these. It then says too what the model is:
-    the layout it was read from, `weight_block_size` and `scale_fmt` of its FP8 weights, `group_formats` of those
-    of fewer than 8 bits, and in `modules_to_not_convert` the full paths of the linear layers that are neither.
+    the `layout` it was read from, `weight_block_size` and `scale_fmt` of its FP8 weights, `group_formats` of
+    those of fewer than 8 bits, and in `modules_to_not_convert` the full paths of the other linear layers.
 
     Args:
         compute: what linear layers with FP8 weights do with their input.

@@ -1,8 +1,8 @@
 """Weights of fewer than 8 bits on their way from a checkpoint into a model.
 
 Routed experts in formats of which there are W4A8 products stay as they are, prepared for these; all other
-weights are dequantized as they are read. Whatever the layout of the checkpoint, codes and scales are brought into
-ours (`group_storage`) first, a weight at a time.
+weights are dequantized as they are read. Whatever the layout of the checkpoint, codes and scales are first
+brought into ours (`group_storage`), a weight at a time.
 """
 
 from __future__ import annotations
