@@ -166,10 +166,10 @@ def activations_note(quantization: Quantization | None, quantizes: bool) -> str:
         quantization: of the checkpoint.
         quantizes: whether this package quantizes activations.
     """
+    if quantization is not None and quantization.weights_only:
+        return "; weights alone are quantized, activations stay as they are"
     if quantization is None or not quantization.low or quantization.layout == "blockscale":
         return ""
-    if quantization.weights_only:
-        return "; weights alone are quantized, activations stay as they are"
     how = f"not as engines do by the {quantization.layout} layout"
     return f"; activations in FP8 groups of 128, {how}" if quantizes else ""
 

@@ -20,7 +20,14 @@ METHOD = "blockscale"
 # Of config.json, for which transformers has no quantizer of its own.
 METHODS = (METHOD, "w4afp8")
 _OPTIONS = ("compute", "quantize")
-_RECORD = ("layout", "weight_block_size", "scale_fmt", "group_formats", "modules_to_not_convert")
+_RECORD = (
+    "layout",
+    "weights_only",
+    "weight_block_size",
+    "scale_fmt",
+    "group_formats",
+    "modules_to_not_convert",
+)
 # Of an entry as `blockscale quantize` writes it; they have one value.
 _FIXED = ("quant_method", "fmt", "activation_scheme")
 
@@ -71,6 +78,7 @@ class BlockscaleConfig(QuantizationConfigMixin):
         self.weight_block_size = None if recipe is None else list(recipe.fp8.block_size)
         self.scale_fmt = None if recipe is None else recipe.scale_fmt
         self.layout: Layout = "blockscale"
+        self.weights_only = False
         self.group_formats: dict[str, list[str]] | None = None
         self.modules_to_not_convert: list[str] = []
 
@@ -109,7 +117,13 @@ class BlockscaleConfig(QuantizationConfigMixin):
     def quantization(self) -> Quantization:
         """How a checkpoint is stored, as its config.json says."""
         low = parse_group_formats(self.group_formats, "quantization_config")
-        return Quantization(self.layout, self.fmt, tuple(self.modules_to_not_convert), low=low)
+        return Quantization(
+            self.layout,
+            self.fmt,
+            tuple(self.modules_to_not_convert),
+            low=low,
+            weights_only=self.weights_only,
+        )
 
     def of_stored(self, quantization: Quantization) -> dict[str, Any]:
         """The entry of a model's config by which this quantizer runs its checkpoint, which is stored so."""
@@ -120,6 +134,7 @@ class BlockscaleConfig(QuantizationConfigMixin):
             "quant_method": METHOD,
             "compute": "high" if quantization.weights_only else self.compute,
             "layout": quantization.layout,
+            "weights_only": quantization.weights_only,
             "weight_block_size": list(quantization.fmt.block_size),
             "scale_fmt": quantization.fmt.scale_fmt,
             "group_formats": formats or None,

@@ -12,42 +12,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from blockscale import ops
-from blockscale.checkpoint.group_storage import GroupStorage, group_storage
 from blockscale.errors import BlockscaleError
-from blockscale.formats import SAFETENSORS_DTYPES, BlockFP8, Layout, scale_name, spell_block_size
-from blockscale.group_spelling import WrittenFormat, spell_group_format
+from blockscale.formats import SAFETENSORS_DTYPES, BlockFP8, spell_block_size
+from blockscale.group_spelling import spell_group_format
 from blockscale.huggingface.linear import Compute, multiply, multiply_low
+from blockscale.huggingface.stored import Stored
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 # What transformers gives all modules of experts, and calls in all its implementations of them.
 GATE = "_apply_gate"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How a parameter is stored.
-
-    Attributes:
-        parts: how many matrices lie in it one below the other, each with blocks of its own: 2 where a
-            checkpoint has gate and up apart, since no block reaches across two tensors.
-        group: the format of a weight of fewer than 8 bits; None of an FP8 one.
-        layout: of the checkpoint that it is read from.
-    """
-
-    parts: int = 1
-    group: WrittenFormat | None = None
-    layout: Layout = "blockscale"
-
-    @property
-    def storage(self) -> GroupStorage | None:
-        """How the checkpoint has it, if it has fewer than 8 bits."""
-        return None if self.group is None else group_storage(self.layout, self.group)
 
 
 class QuantizedLayer(nn.Module):
@@ -66,8 +44,7 @@ class QuantizedLayer(nn.Module):
 
     def scale_name(self, name: str) -> str:
         """Name of the scale of a quantized parameter."""
-        storage = self.stored[name].storage
-        return scale_name(name, self.stored[name].layout) if storage is None else name + storage.scale
+        return self.stored[name].scale_name(name)
 
     def _add(self, name: str, shape: torch.Size) -> None:
         """A quantized weight of this shape as the checkpoint has it, uninitialized, and its scale."""

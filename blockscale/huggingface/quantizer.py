@@ -26,14 +26,15 @@ from transformers.quantizers.base import HfQuantizer
 
 from blockscale import reference
 from blockscale.checkpoint.decide import FP8, Signature, decide_quantize
-from blockscale.checkpoint.group_storage import LowBitWeight, activations_note, group_storage
+from blockscale.checkpoint.group_storage import LowBitWeight, activations_note
 from blockscale.checkpoint.groups import low_bit_weights
 from blockscale.checkpoint.model_config import without_quantization
 from blockscale.errors import BlockscaleError, NonFiniteError
-from blockscale.formats import SAFETENSORS_DTYPES, scale_name
+from blockscale.formats import SAFETENSORS_DTYPES
 from blockscale.group_spelling import WrittenFormat
 from blockscale.huggingface.config import METHOD, METHODS, BlockscaleConfig, not_quantized
 from blockscale.huggingface.modules import QuantizedLayer, format_summary, kept_layers, quantized_modules
+from blockscale.huggingface.stored import Stored
 from blockscale.huggingface.targets import (
     Target,
     check_stored,
@@ -93,13 +94,11 @@ class BlockscaleQuantizer(HfQuantizer):
             _read_unrounded(model, targets, tensors, dtype)
         layout = quantization.layout
         replace_layers(model, targets, config.fmt, config.compute, groups, layout)
-        scales = {f"weight{group_storage(layout, group).scale}": None for group in groups.values()}
-        if len(groups) < len(chosen):
-            # Experts are merged with their scales if the first kind of scale is that of some experts.
-            fused = any(".experts." in name for name in groups)
-            fp8 = {scale_name("weight", layout): None}
-            scales = scales | fp8 if fused else fp8 | scales
-        self.serialized_names = {"weight": ["weight", *scales]}
+        # Experts are merged with their scales if the first kind of scale is that of some experts.
+        fused = any(".experts." in name for name in groups)
+        ordered = sorted(set(chosen.values()), key=lambda group: (group is None) == fused)
+        scales = [Stored(group=group, layout=layout).scale_name("weight") for group in ordered]
+        self.serialized_names = {"weight": ["weight", *dict.fromkeys(scales)]}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """See `HfQuantizer`; before all others, codes get the name that weights have."""

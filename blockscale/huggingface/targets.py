@@ -30,7 +30,8 @@ from blockscale.errors import BlockscaleError, MissingScaleError
 from blockscale.formats import BlockFP8, Layout, scale_name
 from blockscale.group_spelling import WrittenFormat
 from blockscale.huggingface.linear import Compute
-from blockscale.huggingface.modules import Stored, quantized_layer
+from blockscale.huggingface.modules import quantized_layer
+from blockscale.huggingface.stored import Stored
 from blockscale.quantization_config import Quantization
 
 

@@ -101,7 +101,7 @@ def test_auto_model_reads_w4afp8_itself(tmp_path):
     assert again.quantization_config["layout"] == "w4afp8"
 
 
-def test_weights_alone_are_quantized_where_config_says_so(tmp_path):
+def test_weights_alone_are_quantized_where_config_says_so(tmp_path, caplog):
     source = checkpoints.make(tmp_path / "bf16", "llama", **LLAMA)
     precision = {"default": "int4:g128"}
     packed, own = (
@@ -109,7 +109,9 @@ def test_weights_alone_are_quantized_where_config_says_so(tmp_path):
         for layout in ("compressed-tensors", "blockscale")
     )
     only_weights(packed)
-    model = load(packed, compute="fp8")
+    with caplog.at_level(logging.INFO):
+        model = load(packed, compute="fp8")
+    assert "; weights alone are quantized, activations stay as they are" in caplog.text
     assert torch.equal(logits(model), logits(load(own, compute="high")))
     assert "compute high" in huggingface.format_summary(model)
     # The package of that name computes the same: weights dequantized to the dtype of activations.
