@@ -100,6 +100,7 @@ class Quantization:
         skip: full module paths that stay unquantized, sorted.
         groups: where there are several block sizes, who has which; else empty.
         low: who has fewer than 8 bits.
+        weights_only: inputs of layers are not quantized; by compressed-tensors groups without activations.
 
     Raises:
         BlockscaleError: several block sizes, or fewer than 8 bits, in a layout that has no place for them.
@@ -110,6 +111,7 @@ class Quantization:
     skip: tuple[str, ...] = ()
     groups: tuple[BlockGroup, ...] = ()
     low: tuple[LowBitGroup, ...] = ()
+    weights_only: bool = False
 
     def __post_init__(self) -> None:
         if self.groups and self.layout != "compressed-tensors":
@@ -286,7 +288,9 @@ def _parse_compressed_tensors(entry: dict[str, Any], where: str) -> Quantization
     fmt = BlockFP8(groups[0].block_size if groups else (128, 128), "float32")
     several = len({group.block_size for group in groups}) > 1
     skip = _parse_skip_list(entry.get("ignore"), f"{where} ignore")
-    return Quantization("compressed-tensors", fmt, skip, tuple(groups) if several else (), tuple(low))
+    weights_only = all(scheme.activations is None for scheme in schemes)
+    sizes = tuple(groups) if several else ()
+    return Quantization("compressed-tensors", fmt, skip, sizes, tuple(low), weights_only)
 
 
 def _low_format(scheme: compressed_tensors.Scheme) -> WrittenFormat | None:

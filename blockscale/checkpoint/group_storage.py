@@ -33,6 +33,7 @@ from blockscale.errors import BlockscaleError, MissingScaleError
 from blockscale.formats import DTYPE_NAMES, E4M3_MAX, SAFETENSORS_DTYPES, Layout, module_path, tensor_nbytes
 from blockscale.group_formats import MXFP4, GroupInt, group_scale_shape, packed_shape, packed_width
 from blockscale.group_spelling import WrittenFormat, spell_group_format
+from blockscale.quantization_config import Quantization
 from blockscale.reference import packing
 
 PACKED = "U8"
@@ -104,6 +105,14 @@ class GroupStorage:
         assert dtype is not None
         return scale.view(torch.uint8) if dtype == torch.uint8 else scale.to(dtype)
 
+    def own_scale(self, stored: torch.Tensor) -> torch.Tensor:
+        """The inverse of `stored_scale`."""
+        return (
+            stored.view(self.fmt.scale_dtype)
+            if stored.dtype == torch.uint8
+            else stored.to(self.fmt.scale_dtype)
+        )
+
 
 @dataclass(frozen=True)
 class LowBitWeight:
@@ -148,6 +157,21 @@ def group_storage(layout: Layout, fmt: WrittenFormat) -> GroupStorage:
         words = partial(_to_words, bits=fmt.bits), partial(_from_words, bits=fmt.bits)
         return GroupStorage(fmt, "_packed", "_scale", ("weight_shape",), "I32", "BF16", True, *words)
     raise BlockscaleError(f"the {layout} layout has no place for {spell_group_format(fmt)}")
+
+
+def activations_note(quantization: Quantization | None, quantizes: bool) -> str:
+    """What a line about a loaded model says where inputs of layers are not treated as engines treat them.
+
+    Args:
+        quantization: of the checkpoint.
+        quantizes: whether this package quantizes activations.
+    """
+    if quantization is not None and quantization.weights_only:
+        return "; weights alone are quantized, activations stay as they are"
+    if quantization is None or not quantization.low or quantization.layout == "blockscale":
+        return ""
+    how = f"not as engines do by the {quantization.layout} layout"
+    return f"; activations in FP8 groups of 128, {how}" if quantizes else ""
 
 
 def group_scale_name(weight: str) -> str:

@@ -134,7 +134,7 @@ def measure_costs(
     """What each FP8 layer of a checkpoint alone does to its reference's predictions, on transformers.
 
     Args:
-        model: FP8 checkpoint in DeepSeek's layout.
+        model: quantized checkpoint.
         reference: the checkpoint that it was made from.
         ids: int64 (B, T), what the models read.
         on_module: is told every result, and how many there will be.

@@ -8,10 +8,11 @@
 The latter is the same as `AutoModelForCausalLM.from_pretrained("my-model", quantization_config=...)`.
 
 The names are loaded on first use: transformers is an optional dependency. Importing one of them registers the
-quantization method "blockscale" with transformers.
+quantization methods "blockscale" and "w4afp8" with transformers.
 
-A stored checkpoint goes through `load_model`: its config.json names the method "fp8", as engines want it, and
-for that method transformers accepts the config class of its own FP8 quantizer only.
+A stored checkpoint goes through `load_model`: its config.json names the method "fp8" or "compressed-tensors",
+as engines want it, for which transformers accepts the config classes of its own quantizers only. It has none
+for "w4afp8" and "blockscale": those it leaves to this package.
 """
 
 from __future__ import annotations

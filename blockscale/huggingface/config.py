@@ -11,13 +11,23 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.errors import BlockscaleError
-from blockscale.formats import BlockFP8, parse_block_size, parse_scale_fmt
+from blockscale.formats import BlockFP8, Layout, parse_block_size, parse_scale_fmt
+from blockscale.group_spelling import spell_group_format
 from blockscale.huggingface.linear import Compute
-from blockscale.quantization_config import Quantization, parse_group_formats
+from blockscale.quantization_config import Quantization, parse_group_formats, parse_quantization_config
 
 METHOD = "blockscale"
+# Of config.json, for which transformers has no quantizer of its own.
+METHODS = (METHOD, "w4afp8")
 _OPTIONS = ("compute", "quantize")
-_RECORD = ("weight_block_size", "scale_fmt", "group_formats", "modules_to_not_convert")
+_RECORD = (
+    "layout",
+    "weights_only",
+    "weight_block_size",
+    "scale_fmt",
+    "group_formats",
+    "modules_to_not_convert",
+)
 # Of an entry as `blockscale quantize` writes it; they have one value.
 _FIXED = ("quant_method", "fmt", "activation_scheme")
 
@@ -26,8 +36,8 @@ class BlockscaleConfig(QuantizationConfigMixin):
     """How FP8 linear layers compute, and what is quantized as it is read.
 
     After loading, `model.config.quantization_config` is one of these. It then says too what the model is:
-    `weight_block_size` and `scale_fmt` of its FP8 weights, and in `modules_to_not_convert` the full paths of
-    the linear layers that are not FP8.
+    the `layout` it was read from, `weight_block_size` and `scale_fmt` of its FP8 weights, `group_formats` of
+    those of fewer than 8 bits, and in `modules_to_not_convert` the full paths of the other linear layers.
 
     Args:
         compute: what linear layers with FP8 weights do with their input.
@@ -36,7 +46,8 @@ class BlockscaleConfig(QuantizationConfigMixin):
             than 128 x 128, sizes that 16 does not divide), it is as "fp8".
             "fp8": as "auto", but on every device the codes of both sides are dequantized and multiplied in
             float32: slow, and the same figures wherever it runs.
-            "high": it stays as it is, and weights are dequantized to its dtype.
+            "high": it stays as it is, and weights are dequantized to its dtype. Where a checkpoint says that
+            weights alone are quantized, it is this in any case.
         quantize: for a checkpoint that is not quantized: a `Recipe`, its fields by name, or True for
             `Recipe()`. Its layout has no meaning here.
 
@@ -66,6 +77,8 @@ class BlockscaleConfig(QuantizationConfigMixin):
         self.quantize = False if recipe is None else _spelled(recipe)
         self.weight_block_size = None if recipe is None else list(recipe.fp8.block_size)
         self.scale_fmt = None if recipe is None else recipe.scale_fmt
+        self.layout: Layout = "blockscale"
+        self.weights_only = False
         self.group_formats: dict[str, list[str]] | None = None
         self.modules_to_not_convert: list[str] = []
 
@@ -74,6 +87,10 @@ class BlockscaleConfig(QuantizationConfigMixin):
         cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> BlockscaleConfig | tuple[BlockscaleConfig, dict[str, Any]]:
         """What a model's config has as `quantization_config`, its record of the model included."""
+        if config_dict.get("quant_method", METHOD) != METHOD:  # as it is in config.json
+            quantization = parse_quantization_config({"quantization_config": config_dict})
+            assert quantization is not None
+            config_dict = cls().of_stored(quantization)
         record = {name: config_dict[name] for name in _RECORD if name in config_dict}
         rest = {name: value for name, value in config_dict.items() if name not in (*record, *_FIXED)}
         config = cls(**rest)
@@ -100,16 +117,27 @@ class BlockscaleConfig(QuantizationConfigMixin):
     def quantization(self) -> Quantization:
         """How a checkpoint is stored, as its config.json says."""
         low = parse_group_formats(self.group_formats, "quantization_config")
-        return Quantization("blockscale", self.fmt, tuple(self.modules_to_not_convert), low=low)
+        return Quantization(
+            self.layout,
+            self.fmt,
+            tuple(self.modules_to_not_convert),
+            low=low,
+            weights_only=self.weights_only,
+        )
 
     def of_stored(self, quantization: Quantization) -> dict[str, Any]:
         """The entry of a model's config by which this quantizer runs its checkpoint, which is stored so."""
+        formats: dict[str, list[str]] = {}
+        for each in quantization.low:
+            formats.setdefault(spell_group_format(each.fmt), []).extend(each.targets)
         return {
             "quant_method": METHOD,
-            "compute": self.compute,
+            "compute": "high" if quantization.weights_only else self.compute,
+            "layout": quantization.layout,
+            "weights_only": quantization.weights_only,
             "weight_block_size": list(quantization.fmt.block_size),
             "scale_fmt": quantization.fmt.scale_fmt,
-            "group_formats": quantization.config().get("group_formats"),
+            "group_formats": formats or None,
             "modules_to_not_convert": list(quantization.skip),
         }
 

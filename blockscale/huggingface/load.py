@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockscale.checkpoint.source import Source
 from blockscale.errors import BlockscaleError
+from blockscale.formats import spell_block_size
 from blockscale.huggingface.config import BlockscaleConfig, not_quantized
 from blockscale.quantization_config import parse_quantization_config
 
@@ -32,8 +33,8 @@ def load_model(
     that of its own quantizer: its config is read here first, and the method in it replaced.
 
     Args:
-        path: local folder, or id of a Hub repository: an FP8 checkpoint in DeepSeek's layout, or one that is
-            not quantized if `config` says what to quantize.
+        path: local folder, or id of a Hub repository: a checkpoint in any layout that `blockscale quantize`
+            writes, or one that is not quantized if `config` says what to quantize.
         config: how to compute and what to quantize; default `BlockscaleConfig()`.
         auto_class: a class with `from_pretrained`; default `transformers.AutoModelForCausalLM`.
         options: passed on to `from_pretrained`: dtype, device_map, revision, ...
@@ -96,12 +97,20 @@ def _stored_entry(path: object, entry: Any, config: BlockscaleConfig) -> dict[st
             remedy="leave quantize out, or run blockscale dequantize first",
         )
     scheme = entry.get("activation_scheme", "dynamic")
-    if quantization is None or quantization.layout in ("compressed-tensors", "w4afp8") or scheme != "dynamic":
+    if quantization is None or scheme != "dynamic":
         raise BlockscaleError(
             "cannot be run on this package",
             where=f"{path} quantization_config",
-            expected='quant_method fp8 with activation_scheme "dynamic"',
+            expected='activation_scheme "dynamic"',
             got=f"{entry.get('quant_method')}, {scheme}",
             remedy="run blockscale dequantize, then quantize",
+        )
+    if quantization.groups:
+        raise BlockscaleError(
+            "model with several block sizes cannot be run",
+            where=f"{path} quantization_config",
+            expected="one",
+            got=", ".join(map(spell_block_size, quantization.block_sizes)),
+            remedy="run blockscale dequantize, then quantize with one",
         )
     return config.of_stored(quantization)

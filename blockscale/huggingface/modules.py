@@ -1,44 +1,31 @@
 """The layers that take the place of those of transformers: linear layers and fused experts, quantized.
 
 Parameters have the names that transformers has for them, with the scale beside: `q_proj.weight` and
-`q_proj.weight_scale_inv`, `experts.gate_up_proj` and `experts.gate_up_proj_scale_inv`; of fewer than 8 bits,
-`q_proj.weight_scale`.
+`q_proj.weight_scale_inv`, `experts.gate_up_proj` and `experts.gate_up_proj_scale_inv`. Scales have the ending
+that they have in the checkpoint: `q_proj.weight_scale` is that of fewer than 8 bits in our own layout.
+
+Codes of fewer than 8 bits are read as the layout of the checkpoint has them, and brought into ours by
+`QuantizedLayer.convert`, one parameter after the other.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from blockscale import ops
-from blockscale.checkpoint.group_storage import group_scale_name
 from blockscale.errors import BlockscaleError
-from blockscale.formats import BlockFP8, scale_name, spell_block_size
-from blockscale.group_formats import group_scale_shape, packed_shape
-from blockscale.group_spelling import WrittenFormat, spell_group_format
+from blockscale.formats import SAFETENSORS_DTYPES, BlockFP8, spell_block_size
+from blockscale.group_spelling import spell_group_format
 from blockscale.huggingface.linear import Compute, multiply, multiply_low
+from blockscale.huggingface.stored import Stored
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 # What transformers gives all modules of experts, and calls in all its implementations of them.
 GATE = "_apply_gate"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How a parameter is stored.
-
-    Attributes:
-        parts: how many matrices lie in it one below the other, each with blocks of its own: 2 where a
-            checkpoint has gate and up apart, since no block reaches across two tensors.
-        group: the format of a weight of fewer than 8 bits; None of an FP8 one.
-    """
-
-    parts: int = 1
-    group: WrittenFormat | None = None
 
 
 class QuantizedLayer(nn.Module):
@@ -53,24 +40,37 @@ class QuantizedLayer(nn.Module):
     def __init__(self, fmt: BlockFP8, compute: Compute, stored: Mapping[str, Stored]) -> None:
         super().__init__()
         self.fmt, self.compute, self.stored = fmt, compute, dict(stored)
+        self._widths: dict[str, int] = {}
 
     def scale_name(self, name: str) -> str:
         """Name of the scale of a quantized parameter."""
-        return scale_name(name) if self.stored[name].group is None else group_scale_name(name)
+        return self.stored[name].scale_name(name)
 
     def _add(self, name: str, shape: torch.Size) -> None:
-        """A quantized weight of this shape, uninitialized, and its scale."""
+        """A quantized weight of this shape as the checkpoint has it, uninitialized, and its scale."""
         *experts, n, k = shape
-        group, count = self.stored[name].group, self.stored[name].parts
-        if group is None:
+        storage, count = self.stored[name].storage, self.stored[name].parts
+        if storage is None:
             rows, columns = self.fmt.scale_shape((n // count, k))
             codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
             scale = torch.empty((*experts, count * rows, columns), dtype=torch.float32)
         else:
-            codes = torch.empty(packed_shape(tuple(shape), group), dtype=torch.uint8)
-            scale = torch.empty(group_scale_shape(tuple(shape), group), dtype=group.scale_dtype)
+            codes, scale = (
+                torch.empty(size, dtype=SAFETENSORS_DTYPES[dtype])
+                for dtype, size in storage.signatures(tuple(shape))
+            )
+        self._widths[name] = k
         self.register_parameter(name, nn.Parameter(codes, requires_grad=False))
         self.register_parameter(self.scale_name(name), nn.Parameter(scale, requires_grad=False))
+
+    def convert(self) -> None:
+        """Bring codes and scales as they were read into the form that products take, in place."""
+        for name, stored in self.stored.items():
+            storage = stored.storage
+            if storage is not None:
+                codes, scale = getattr(self, name), getattr(self, self.scale_name(name))
+                codes.data = storage.packed(codes.data, self._widths[name])
+                scale.data = storage.own_scale(scale.data)
 
     def quantized(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of a high-precision weight, to become the parameter `name`."""

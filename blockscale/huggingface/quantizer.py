@@ -14,26 +14,27 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from blockscale import reference
 from blockscale.checkpoint.decide import FP8, Signature, decide_quantize
-from blockscale.checkpoint.group_storage import group_scale_name
+from blockscale.checkpoint.group_storage import LowBitWeight, activations_note
 from blockscale.checkpoint.groups import low_bit_weights
 from blockscale.checkpoint.model_config import without_quantization
 from blockscale.errors import BlockscaleError, NonFiniteError
-from blockscale.formats import SAFETENSORS_DTYPES, scale_name
+from blockscale.formats import SAFETENSORS_DTYPES
 from blockscale.group_spelling import WrittenFormat
-from blockscale.huggingface.config import METHOD, BlockscaleConfig, not_quantized
+from blockscale.huggingface.config import METHOD, METHODS, BlockscaleConfig, not_quantized
 from blockscale.huggingface.modules import QuantizedLayer, format_summary, kept_layers, quantized_modules
+from blockscale.huggingface.stored import Stored
 from blockscale.huggingface.targets import (
     Target,
     check_stored,
@@ -50,6 +51,7 @@ class BlockscaleQuantizer(HfQuantizer):
 
     Attributes:
         failures: errors of weights that could not be quantized, in the order they were read.
+        codes: what the checkpoint calls the codes of weights, where that is not "weight".
     """
 
     requires_calibration = False
@@ -60,6 +62,7 @@ class BlockscaleQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.failures: list[BlockscaleError] = []
         self.serialized_names: dict[str, list[str]] = {}  # known when the model is
+        self.codes: set[str] = set()  # the same
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a checkpoint that is not quantized, and is not to be."""
@@ -70,8 +73,12 @@ class BlockscaleQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, dtype: Any = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        tensors = read_signatures(checkpoint_files)
-        chosen = self._chosen(tensors, model)
+        stored, quantization = read_signatures(checkpoint_files), config.quantization
+        low = low_bit_weights(stored, quantization if self.pre_quantized else None)
+        # Codes go by the name of their weight, as transformers is told in `update_weight_conversions`.
+        self.codes = {f"weight{each.storage.codes}" for each in low.values()} - {"weight"}
+        tensors = {low[name].name if name in low else name: each for name, each in stored.items()}
+        chosen = self._chosen(tensors, model, low.values())
         groups = {name: group for name, group in chosen.items() if group is not None}
         targets = find_targets(model, tensors, chosen)
         if not targets:
@@ -81,23 +88,31 @@ class BlockscaleQuantizer(HfQuantizer):
                 got=f"{len(chosen)} of {len(tensors)} tensors, none of which it reads",
             )
         if self.pre_quantized:
-            check_stored(targets, tensors, config.fmt, groups)
+            check_stored(targets, stored, quantization, low.values())
+            _ignore(model, low.values())
         else:
             _read_unrounded(model, targets, tensors, dtype)
-        replace_layers(model, targets, config.fmt, config.compute, groups)
-        scales = {scale_name("weight"): len(groups) < len(chosen), group_scale_name("weight"): bool(groups)}
+        layout = quantization.layout
+        replace_layers(model, targets, config.fmt, config.compute, groups, layout)
         # Experts are merged with their scales if the first kind of scale is that of some experts.
         fused = any(".experts." in name for name in groups)
-        names = sorted((name for name, used in scales.items() if used), reverse=not fused)
-        self.serialized_names = {"weight": ["weight", *names]}
+        ordered = sorted(set(chosen.values()), key=lambda group: (group is None) == fused)
+        scales = [Stored(group=group, layout=layout).scale_name("weight") for group in ordered]
+        self.serialized_names = {"weight": ["weight", *dict.fromkeys(scales)]}
 
-    def _chosen(self, tensors: dict[str, Signature], model: Any) -> dict[str, WrittenFormat | None]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """See `HfQuantizer`; before all others, codes get the name that weights have."""
+        renamed = [WeightRenaming(rf"\.{name}$", ".weight") for name in sorted(self.codes)]
+        return [*renamed, *super().update_weight_conversions(weight_conversions, model)]
+
+    def _chosen(
+        self, tensors: dict[str, Signature], model: Any, low: Iterable[LowBitWeight]
+    ) -> dict[str, WrittenFormat | None]:
         """Tensors that are quantized, or that `blockscale quantize` would; with the format of fewer bits."""
         recipe = self.quantization_config.recipe
         if self.pre_quantized or recipe is None:
             fp8 = [name for name, (dtype, _) in tensors.items() if dtype == FP8]
-            low = low_bit_weights(tensors, self.quantization_config.quantization)
-            return {**dict.fromkeys(fp8), **{name: each.fmt for name, each in low.items()}}
+            return {**dict.fromkeys(fp8), **{each.name: each.fmt for each in low}}
         recipe = replace(recipe, layout="blockscale")  # the one with a place for all that can be run
         decisions = decide_quantize(tensors, without_quantization(model.config.to_dict()), recipe)
         for warning in decisions.warnings:
@@ -119,10 +134,13 @@ class BlockscaleQuantizer(HfQuantizer):
             raise self.failures[0]
         for path, layer in quantized_modules(model):
             layer.requires_grad_(False)
+            layer.convert()
             for name, scale in layer.fp8_scales():
                 _check_scale(f"{path}.{name}", scale, layer)
         self.quantization_config.modules_to_not_convert = list(kept_layers(model))
-        _logger.info("%s", format_summary(model))
+        config = self.quantization_config
+        note = activations_note(config.quantization, config.compute != "high")
+        _logger.info("%s%s", format_summary(model), note)
 
     def is_serializable(self) -> bool:
         """No: `blockscale quantize` writes checkpoints."""
@@ -134,7 +152,8 @@ class BlockscaleQuantizer(HfQuantizer):
         return False
 
 
-register_quantization_config(METHOD)(BlockscaleConfig)
+for _method in METHODS:
+    register_quantization_config(_method)(BlockscaleConfig)
 register_quantizer(METHOD)(BlockscaleQuantizer)
 
 
@@ -161,6 +180,13 @@ class _Quantize(ConversionOps):
             empty = getattr(layer, leaf), getattr(layer, layer.scale_name(leaf))
             codes, scale = (torch.zeros(each.shape, dtype=each.dtype, device=weight.device) for each in empty)
         return {name: codes, f"{path}.{layer.scale_name(leaf)}": scale}
+
+
+def _ignore(model: Any, low: Iterable[LowBitWeight]) -> None:
+    """Have transformers say nothing of what is beside codes and scales; this ends with the model."""
+    leaves = {leaf for each in low for leaf in each.storage.more}
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, *(rf"\.{leaf}$" for leaf in leaves)}
 
 
 def _read_unrounded(

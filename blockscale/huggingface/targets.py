@@ -7,7 +7,7 @@ anything is read, since scales and blocks have to follow.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,15 @@ from transformers.core_model_loading import (
 )
 
 from blockscale.checkpoint.decide import Signature, check_grid
-from blockscale.checkpoint.group_storage import LowBitWeight, check_companions, group_storage
+from blockscale.checkpoint.group_storage import LowBitWeight, check_companions
 from blockscale.checkpoint.index import read_header
 from blockscale.errors import BlockscaleError, MissingScaleError
-from blockscale.formats import BlockFP8, scale_name
+from blockscale.formats import BlockFP8, Layout, scale_name
 from blockscale.group_spelling import WrittenFormat
 from blockscale.huggingface.linear import Compute
-from blockscale.huggingface.modules import Stored, quantized_layer
+from blockscale.huggingface.modules import quantized_layer
+from blockscale.huggingface.stored import Stored
+from blockscale.quantization_config import Quantization
 
 
 @dataclass(frozen=True)
@@ -123,33 +125,34 @@ def made_of(
 def check_stored(
     targets: Sequence[Target],
     tensors: Mapping[str, Signature],
-    fmt: BlockFP8,
-    groups: Mapping[str, WrittenFormat],
+    quantization: Quantization,
+    low: Iterable[LowBitWeight],
 ) -> None:
     """Refuse quantized weights without a scale, or with one that is not what the config says.
 
     Args:
         targets: parameters.
         tensors: of the checkpoint.
-        fmt: of FP8 weights.
-        groups: tensors of fewer than 8 bits -> their format.
+        quantization: how they are stored.
+        low: those of fewer than 8 bits.
 
     Raises:
         BlockscaleError: as said; MissingScaleError for the former.
     """
-    for name, group in groups.items():
-        check_companions(LowBitWeight(name, group_storage("blockscale", group)), tensors)
+    groups = {each.name: each for each in low}
+    for each in groups.values():
+        check_companions(each, tensors)
     names = [name for target in targets for name in target.sources if name not in groups]
-    missing = [name for name in names if scale_name(name) not in tensors]
+    scales = {name: scale_name(name, quantization.layout) for name in names}
+    missing = [name for name in names if scales[name] not in tensors]
     if missing:
         raise MissingScaleError(
             f"{len(missing)} of {len(names)} FP8 weights have no scale",
-            expected=f"{scale_name(missing[0])} beside {missing[0]}",
+            expected=f"{scales[missing[0]]} beside {missing[0]}",
             remedy="fetch the missing shard",
         )
-    for name in names:
-        scale = scale_name(name)
-        check_grid(name, tensors[name][1], scale, tensors[scale], fmt.block_size)
+    for name, scale in scales.items():
+        check_grid(name, tensors[name][1], scale, tensors[scale], quantization.fmt.block_size)
 
 
 def replace_layers(
@@ -158,6 +161,7 @@ def replace_layers(
     fmt: BlockFP8,
     compute: Compute,
     groups: Mapping[str, WrittenFormat],
+    layout: Layout,
 ) -> None:
     """Put a layer of `modules` in the place of every module that has a target.
 
@@ -166,7 +170,8 @@ def replace_layers(
         targets: parameters that are quantized.
         fmt: of FP8 weights.
         compute: see `BlockscaleConfig`.
-        groups: tensors of the checkpoint that have, or get, fewer than 8 bits -> their format.
+        groups: weights of the checkpoint that have, or get, fewer than 8 bits -> their format.
+        layout: of the checkpoint, our own for what is quantized as it is read.
 
     Raises:
         BlockscaleError: a target is no weight of a linear layer, nor of experts that `QuantizedExperts`
@@ -180,7 +185,7 @@ def replace_layers(
         if odd is not None:
             where = f"one format for all of {target.name}"
             raise BlockscaleError("has another format than the others", where=odd, expected=where)
-        stored.setdefault(target.path, {})[target.leaf] = Stored(target.parts, group)
+        stored.setdefault(target.path, {})[target.leaf] = Stored(target.parts, group, layout)
         first.setdefault(target.path, target.sources[0])
     made = {
         path: quantized_layer(model.get_submodule(path), fmt, compute, each, first[path])

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from blockscale.checkpoint.precision import AS_STORED, Precision
 from blockscale.errors import BlockscaleError
 from blockscale.formats import ScaleFmt, parse_block_size, parse_scale_fmt
-from blockscale.quantization_config import LowBitGroup
+from blockscale.quantization_config import Quantization
 
 
 def _token_ids(value: Any) -> Any:
@@ -75,7 +75,7 @@ class ModelConfig(pydantic.BaseModel):
         scale_fmt: declared format of the FP8 scales.
         weight_block_size: declared (block_n, block_k), None where nothing is quantized.
         precision: that linear layers are to have once loaded; by default the one they are stored in.
-        low: declared formats of weights of fewer than 8 bits, by module.
+        stored: declared layout, and who has which format; None where nothing is quantized.
 
     Raises:
         pydantic.ValidationError: a value out of range or of the wrong type, or two that do not fit together;
@@ -120,7 +120,7 @@ class ModelConfig(pydantic.BaseModel):
     scale_fmt: _ScaleFmt = "float32"
     weight_block_size: _BlockSize | None = None
     precision: Precision = AS_STORED
-    low: tuple[LowBitGroup, ...] = ()
+    stored: Quantization | None = None
 
     @property
     def qk_head_dim(self) -> int:

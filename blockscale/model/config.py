@@ -58,7 +58,7 @@ _ALIASES = {
 # What config.json says under the same name: not of rotary embeddings, and its `dtype` is another.
 _COMMON = frozenset(ModelConfig.model_fields) - {
     *("rope_theta", "rope_scaling"),
-    *("dtype", "scale_fmt", "weight_block_size", "precision"),
+    *("dtype", "scale_fmt", "weight_block_size", "precision", "stored"),
 }
 _NULLABLE = frozenset({"q_lora_rank", "n_routed_experts", "n_shared_experts"})
 # Keys with one value that can be honoured.
@@ -249,18 +249,10 @@ def _quantization(values: Mapping[str, Any]) -> dict[str, Any]:
             got=", ".join(map(spell_block_size, quantization.block_sizes)),
             remedy="run blockscale dequantize, then quantize with one",
         )
-    if quantization.low and quantization.layout != "blockscale":
-        raise BlockscaleError(
-            "weights of fewer than 8 bits cannot be run from this layout",
-            where="config.json quantization_config",
-            expected="the layout blockscale",
-            got=quantization.layout,
-            remedy="run blockscale dequantize, then quantize with --layout blockscale",
-        )
     fmt = quantization.fmt
     return {
         "dtype": "fp8",
         "scale_fmt": fmt.scale_fmt,
         "weight_block_size": fmt.block_size,
-        "low": quantization.low,
+        "stored": quantization,
     }

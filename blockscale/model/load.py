@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from blockscale.checkpoint.group_storage import activations_note
+from blockscale.checkpoint.groups import low_bit_weights
 from blockscale.checkpoint.index import TensorEntry, read_index
 from blockscale.checkpoint.lanes import usable_device
 from blockscale.checkpoint.model_config import CONFIG_NAME, parse_config
@@ -29,7 +31,6 @@ from blockscale.model.store import Files, Store
 from blockscale.model.transformer import Transformer
 from blockscale.model.weights import Weights
 from blockscale.ops.gemm_dispatch import has_fp8
-from blockscale.quantization_config import Quantization
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class _Settings:
         """All of it by name, to be compared."""
         values = {**dict(self.config), **vars(self)}
         del values["config"]
+        stored = values.pop("stored")  # scale format and block size are fields of their own
+        values |= {"layout": stored and stored.layout, "low": stored and stored.low}
         return {name: str(value) for name, value in values.items()}
 
 
@@ -84,8 +87,9 @@ def load_model(
         device: "cpu", "cuda" for the current GPU, or "auto" for a GPU that is there; or the ranks of several
             processes, all of which call this with the same arguments.
         dtype: of activations and of weights that are not FP8; bfloat16 or float32.
-        compute: "fp8" multiplies FP8 weights with quantized activations, "high" with activations as they
-            are. Default "fp8" on GPUs that have FP8 arithmetic, else "high", said in the log.
+        compute: "fp8" multiplies quantized weights with quantized activations, "high" with activations as
+            they are. Default "fp8" on GPUs that have FP8 arithmetic, else "high", said in the log. Where
+            config.json says that weights alone are quantized, it is "high" in any case.
         on_missing_scale: refuse an FP8 weight without a scale, or use its values as they are and say so.
         precision: what linear layers are quantized or dequantized to as they are read; counts before the
             config's.
@@ -100,10 +104,11 @@ def load_model(
     place = ranks.device
     with ranks.together():
         source = path if isinstance(path, Source) else open_source(path)
+        model_config = _config(source, config, precision or AS_STORED)
         settings = _Settings(
-            _config(source, config, precision or AS_STORED),
+            model_config,
             dtype,
-            compute or ("fp8" if has_fp8(place) else "high"),
+            _compute(model_config, compute, place),
             on_missing_scale,
             mtp,
             world_size_of(source),
@@ -118,7 +123,8 @@ def load_model(
         model = Transformer(settings.config, weights, mtp=mtp)
     ranks.check_same(_formats(weights.store))
     whose = f"rank {ranks.rank} of {ranks.world}: " if ranks.world > 1 else ""
-    _logger.info("%s%s", whose, weights.summary())
+    note = activations_note(settings.config.stored, settings.compute == "fp8")
+    _logger.info("%s%s%s", whose, weights.summary(), note)
     if ranks.rank == 0 and compute is None and weights.has_fp8 and not has_fp8(place):
         name = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
         _logger.warning("%s has no FP8 arithmetic: products run on dequantized weights", name)
@@ -132,17 +138,18 @@ def _weights(source: Source, settings: _Settings, ranks: Ranks) -> Weights:
         tensors = read_rank_index(source, ranks.rank, ranks.world).tensors
     else:
         tensors = _without_others(read_index(source).tensors, config, ranks)
-    fmt = BlockFP8(config.weight_block_size or (128, 128), config.scale_fmt)
+    found = {name: (entry.dtype, entry.shape) for name, entry in tensors.items()}
+    low = low_bit_weights(found, config.stored).values()
     return Weights(
         Store(tensors, Files(source).bytes_of, divided=settings.divided_for is not None),
         device=ranks.device,
         dtype=settings.activations,
-        fmt=fmt,
+        fmt=BlockFP8(config.weight_block_size or (128, 128), config.scale_fmt),
         compute=settings.compute,
         on_missing_scale=settings.on_missing_scale,
         precision=config.precision,
         ranks=ranks,
-        low=Quantization("blockscale", fmt, low=config.low),
+        low={each.name: each for each in low},
     )
 
 
@@ -179,8 +186,14 @@ def _config(
     config = config or own
     assert config is not None
     # How weights are stored, the checkpoint's own config says.
-    low = own.low if own is not None else config.low
-    return config.model_copy(update={"precision": precision.over(config.precision), "low": low})
+    stored = own.stored if own is not None else config.stored
+    return config.model_copy(update={"precision": precision.over(config.precision), "stored": stored})
+
+
+def _compute(config: ModelConfig, wanted: Compute | None, place: torch.device) -> Compute:
+    if config.stored is not None and config.stored.weights_only:
+        return "high"
+    return wanted or ("fp8" if has_fp8(place) else "high")
 
 
 def _own_config(source: Source) -> ModelConfig | None:
@@ -204,7 +217,7 @@ def _check_precision(precision: Precision, weights: Weights) -> None:
         expected, got = spell_block_size(usual), spell_block_size(other)
         raise BlockscaleError("a model has one block size", where="precision", expected=expected, got=got)
     # A rank knows the names of its own experts only.
-    everywhere = weights.ranks.gather(list(weights.store.tensors))
+    everywhere = weights.ranks.gather(weights.names())
     names = dict.fromkeys(name for each in everywhere for name in each)
 
     def reason(name: str) -> str | None:

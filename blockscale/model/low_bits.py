@@ -1,7 +1,8 @@
 """Weights of fewer than 8 bits on their way from a checkpoint into a model.
 
 Routed experts in formats of which there are W4A8 products stay as they are, prepared for these; all other
-weights are dequantized as they are read.
+weights are dequantized as they are read. Whatever the layout of the checkpoint, codes and scales are first
+brought into ours (`group_storage`), a weight at a time.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from blockscale import ops
-from blockscale.checkpoint.group_storage import PACKED, group_scale_name
+from blockscale.checkpoint.group_storage import check_companions
 from blockscale.errors import CorruptCheckpointError
-from blockscale.group_formats import group_scale_shape, packed_shape
 from blockscale.group_spelling import WrittenFormat, spell_group_format
 from blockscale.model.linear import W4Experts
 from blockscale.model.slices import Part
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
     from blockscale.model.weights import Weights
 
 _LEAVES = ("gate", "up", "down")
-
-
-def group_of(weights: Weights, name: str) -> WrittenFormat | None:
-    """The format of a weight of fewer than 8 bits; None of any other."""
-    entry = weights.store.tensors.get(weights.prefix + name)
-    if weights.low is None or entry is None or entry.dtype != PACKED:
-        return None
-    return weights.low.group_format_of(weights.prefix + name)
 
 
 def stays(weights: Weights, expert: str, group: WrittenFormat, hidden: int, width: int) -> bool:
@@ -86,18 +78,21 @@ def dequantized(weights: Weights, name: str, group: WrittenFormat, parts: tuple[
 def _packed(
     weights: Weights, name: str, group: WrittenFormat, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of a weight of this shape."""
-    found = group_of(weights, name)
-    if found != group:
+    """Codes and scales of a weight of this shape, as operators take them, whatever the layout."""
+    tensors, found = weights.store.tensors, weights.low.get(weights.prefix + name)
+    if found is None or found.fmt != group:
         raise CorruptCheckpointError(
             "experts of a layer differ in format",
             where=weights.prefix + name,
             expected=spell_group_format(group),
-            got="another" if found is None else spell_group_format(found),
+            got="another" if found is None else spell_group_format(found.fmt),
         )
-    sizes = {name: packed_shape(shape, group), group_scale_name(name): group_scale_shape(shape, group)}
+    there = [each for each in (found.codes, *found.companions) if each in tensors]
+    check_companions(found, {each: (tensors[each].dtype, tensors[each].shape) for each in there})
+    weights.store.read.update(there)
+    storage = found.storage
     codes, scale = (
-        weights.read(each, tuple(Part((size,)) for size in stored)).to(weights.device)
-        for each, stored in sizes.items()
+        weights.read(name + leaf, tuple(Part((size,)) for size in stored)).to(weights.device)
+        for leaf, (_, stored) in zip((storage.codes, storage.scale), storage.signatures(shape), strict=True)
     )
-    return codes, scale
+    return storage.packed(codes, shape[1]), storage.own_scale(scale)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from blockscale import ops
+from blockscale.checkpoint.decide import scale_of
+from blockscale.checkpoint.group_storage import LowBitWeight
 from blockscale.checkpoint.precision import AS_STORED, Precision
 from blockscale.checkpoint.strips import dtype_of
 from blockscale.errors import BlockscaleError, CorruptCheckpointError, MissingScaleError, NonFiniteError
@@ -27,7 +29,6 @@ from blockscale.model.ranks import ONE, Ranks
 from blockscale.model.slices import Part, narrowed, share
 from blockscale.model.stack import Parallel, more_columns, more_rows, put, room_for, split_up, stacked
 from blockscale.model.store import Store
-from blockscale.quantization_config import Quantization
 
 FP8 = torch.float8_e4m3fn
 Size = int | Part
@@ -47,7 +48,7 @@ class Weights:
         prefix: put before every name.
         precision: that linear layers are converted to; without one they stay as stored.
         ranks: that share the model.
-        low: says which weights have fewer than 8 bits.
+        low: weights of fewer than 8 bits, by their names before quantization.
     """
 
     store: Store
@@ -59,7 +60,7 @@ class Weights:
     prefix: str = ""
     precision: Precision = AS_STORED
     ranks: Ranks = ONE
-    low: Quantization | None = None
+    low: Mapping[str, LowBitWeight] = field(default_factory=dict)
 
     def at(self, name: str) -> Weights:
         """The same, for names below `name`."""
@@ -67,7 +68,12 @@ class Weights:
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has this tensor."""
-        return self.prefix + name in self.store.tensors
+        return self.prefix + name in self.store.tensors or self.prefix + name in self.low
+
+    def names(self) -> list[str]:
+        """Names of all tensors of the checkpoint, of weights those before quantization."""
+        codes = {each.codes: name for name, each in self.low.items()}
+        return [codes.get(name, name) for name in self.store.tensors]
 
     def share(self, size: int, block: int = 1) -> Part:
         """This rank's part of a dimension, of whole blocks; as the files have it, if they were divided."""
@@ -142,9 +148,9 @@ class Weights:
             CorruptCheckpointError: experts of one layer differ in format.
         """
         first_name = f"experts.{numbers.start}"
-        group = low_bits.group_of(self, f"{first_name}.gate_proj.weight")
-        if group is not None and low_bits.stays(self, first_name, group, hidden, width):
-            return low_bits.w4_experts(self, numbers, hidden, width, group)
+        low = self.low.get(f"{self.prefix}{first_name}.gate_proj.weight")
+        if low is not None and low_bits.stays(self, first_name, low.fmt, hidden, width):
+            return low_bits.w4_experts(self, numbers, hidden, width, low.fmt)
         first = self.at(first_name).gate_up_down(hidden, width)
         more = [] if shared is None else split_up(shared, first)
         count = len(numbers)
@@ -173,9 +179,11 @@ class Weights:
         scaled = f"; FP8 blocks of {block}, {self.fmt.scale_fmt} scales" if self.has_fp8 else ""
         moved = "".join(f"; {count} {how} at load" for how, count in sorted(self.store.converted.items()))
         # Layers of multi-token prediction are read on request, and never their copies of embedding and head.
-        names, mark = self.store.tensors, "eh_proj.weight"
-        apart = tuple(name.removesuffix(mark) for name in names if name.endswith(f".{mark}"))
-        unused = [name for name in names if name not in self.store.read and not name.startswith(apart)]
+        mark = "eh_proj.weight"
+        apart = tuple(name.removesuffix(mark) for name in self.names() if name.endswith(f".{mark}"))
+        unused = [
+            name for name in self.store.tensors if name not in self.store.read and not name.startswith(apart)
+        ]
         left = f"; {len(unused)} tensors not used, the first {unused[0]}" if unused else ""
         return f"linear layers: {counts}{scaled}{moved}{left}"
 
@@ -187,8 +195,8 @@ class Weights:
     def _own(self, name: str, rows: Part, columns: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
         """This rank's part of a weight, in the precision that it is to have, and its scale if it has one."""
         parts, sides, where = (rows, columns), self.fmt.block_size, self.prefix + name
-        group, wanted = low_bits.group_of(self, name), self.precision.precision_of(where)
-        weight = self.read(name, parts) if group is None else low_bits.dequantized(self, name, group, parts)
+        low, wanted = self.low.get(where), self.precision.precision_of(where)
+        weight = self.read(name, parts) if low is None else low_bits.dequantized(self, name, low.fmt, parts)
         scale = self._scale(name, weight) if weight.dtype == FP8 else None
         if scale is None and (wanted != "fp8" or weight.dtype == FP8):
             return narrowed(weight, [part.indices for part in parts]).to(self.device), None
@@ -220,21 +228,21 @@ class Weights:
             raise BlockscaleError(what, where=where, remedy="leave it out of the precision") from error
 
     def _scale(self, name: str, weight: torch.Tensor) -> torch.Tensor | None:
-        stored = scale_name(name)
         where = self.prefix + name
-        if not self.has(stored):
+        found = scale_of(where, self.store.tensors)
+        if found is None:
             if self.on_missing_scale == "error":
                 remedy = "requantize it, or use --on-missing-scale keep"
-                raise MissingScaleError(f"FP8 weight without {stored}", where=where, remedy=remedy)
+                raise MissingScaleError(f"FP8 weight without {scale_name(name)}", where=where, remedy=remedy)
             _logger.warning("%s is FP8 without a scale: its values are taken as they are", where)
             return None
-        scale = self.read(stored).float()
+        scale = self.read(found.removeprefix(self.prefix)).float()
         expected = self.fmt.scale_shape(tuple(weight.shape))
         if tuple(scale.shape) != expected:
             block = "x".join(map(str, self.fmt.block_size))
             raise CorruptCheckpointError(
                 f"scale does not fit blocks of {block}, which the config names",
-                where=self.prefix + stored,
+                where=found,
                 expected=expected,
                 got=tuple(scale.shape),
             )

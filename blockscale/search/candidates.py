@@ -132,7 +132,8 @@ def candidates(
 def _quantized_module(
     module: nn.Module, parts: Mapping[str, int], fmt: BlockFP8, group: WrittenFormat | None = None
 ) -> nn.Module:
-    from blockscale.huggingface.modules import Stored, quantized_layer
+    from blockscale.huggingface.modules import quantized_layer
+    from blockscale.huggingface.stored import Stored
 
     # Of a copy: experts give up their weights to the layer.
     stored = {name: Stored(count, group) for name, count in parts.items()}

@@ -10,6 +10,7 @@ import torch
 
 from blockscale import ops
 from blockscale.checkpoint.group_storage import PACKED, group_scale_name, group_storage
+from blockscale.checkpoint.groups import low_bit_weights
 from blockscale.checkpoint.index import TensorEntry
 from blockscale.checkpoint.names import role_of
 from blockscale.checkpoint.shapes import parameters_of
@@ -56,7 +57,9 @@ def random_model(
     """
     entries = stored_tensors(config, fmt, experts)
     blocks = fmt or BlockFP8()
-    low = (LowBitGroup(experts, (_EXPERTS,)),) if experts is not None else ()
+    groups = (LowBitGroup(experts, (_EXPERTS,)),) if experts is not None else ()
+    signatures = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    low = low_bit_weights(signatures, Quantization("blockscale", blocks, low=groups))
     weights = Weights(
         Store(entries, _Maker(device, fmt, experts, seed).bytes_of),
         device,
@@ -64,7 +67,7 @@ def random_model(
         blocks,
         compute,
         ranks=ranks,
-        low=Quantization("blockscale", blocks, low=low),
+        low=low,
     )
     return Transformer(config, weights, mtp=mtp)
 

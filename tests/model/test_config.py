@@ -121,7 +121,7 @@ def test_every_field_and_scale_is_that_of_transformers(family, seed, tmp_path, c
         "scale_fmt": "float32",
         "weight_block_size": None,
         "precision": {"entries": ()},
-        "low": (),
+        "stored": None,
     }
     attention_factor = 1.0
     if rope["rope_type"] == "yarn":

@@ -53,7 +53,7 @@ def test_an_empty_file_of_deepseek_has_the_defaults_of_the_reference():
         "rope_scaling=Yarn(factor=40.0, original_max_position_embeddings=4096, beta_fast=32.0, "
         "beta_slow=1.0, mscale=None, mscale_all_dim=1.0, attention_factor=1.0) num_nextn_predict_layers=0 "
         "tie_word_embeddings=False attention_bias=False bos_token_id=None eos_token_id=() dtype='bf16' "
-        "scale_fmt='float32' weight_block_size=None precision=Precision(entries=()) low=()"
+        "scale_fmt='float32' weight_block_size=None precision=Precision(entries=()) stored=None"
     )
 
 

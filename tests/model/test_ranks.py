@@ -23,6 +23,7 @@ from blockscale.testing.asserts import assert_bitwise_equal
 from tests import data
 from tests.model import models, rank_worker, test_gpu
 
+pytest.importorskip("compressed_tensors")
 ROOT = Path(__file__).parent.parent.parent
 WORLDS = (2, 4)
 HIGH = {"compute": "high"}
@@ -53,6 +54,8 @@ SAME = {
     "experts in INT4": ("v3 int4", HIGH),
     "experts in MXFP4, the rest in FP8": ("v2 mxfp4", HIGH),
     "experts in INT4 dequantized at load": ("v3 int4 narrow", HIGH),
+    "experts as SGLang has them": ("whole w4afp8", HIGH),
+    "experts as vLLM has them, some layers dequantized": ("whole compressed-tensors", HIGH),
     **({"tiny-deepseek-v3": (str(data.TINY_DEEPSEEK), {})} if data.TINY_DEEPSEEK.is_dir() else {}),
 }
 # Whose quantized activations differ a little, because sums over ranks do.
@@ -67,6 +70,11 @@ LOW = {
     "v2 mxfp4": {"default": "fp8", "experts": "mxfp4"},
     "aligned mxfp4": {"default": "fp8", "experts": "mxfp4"},
     "v3 int4 narrow": {"experts": "int4:g32"},
+}
+# The same in layouts of engines.
+LAYOUTS = {
+    "w4afp8": {"default": "fp8", "experts": "int4:g128"},
+    "compressed-tensors": {"default": "fp8", "experts": "mxfp4", "model.layers.1.mlp.experts.*": "int4:g32"},
 }
 # What is refused: name -> (world, a checkpoint for each rank, what every rank says).
 REFUSED = {
@@ -141,6 +149,11 @@ def checkpoints(tmp_path_factory):
     for name, precision in LOW.items():
         recipe = Recipe(layout="blockscale", precision=precision, scale_fmt="ue8m0")
         quantize_checkpoint(root / name.split()[0], root / name, recipe)
+    make(root / "whole", **ALIGNED, moe_intermediate_size=128)
+    for layout, precision in LAYOUTS.items():
+        quantize_checkpoint(
+            root / "whole", root / f"whole {layout}", Recipe(layout=layout, precision=precision)
+        )
     for world in WORLDS:
         for name in ("v2", "aligned fp8"):
             shard_checkpoint(root / name, root / f"{name} mp{world}", world)
