@@ -44,7 +44,7 @@ from blockscale.qat.modules import (
     start_scale_name,
     storable_scale,
 )
-from blockscale.qat.preparation import Chosen, choose, without_scales
+from blockscale.qat.preparation import Chosen, choose, saved_state
 from blockscale.reference import checks
 
 
@@ -89,7 +89,7 @@ def export(
         folder = Path(made)
         _check_empty(folder, run.overwrite)
         names = {each.target.name for each in chosen}
-        save_masters(model, without_scales(model, state), names, folder, dtype)
+        save_masters(model, saved_state(model, state), names, folder, dtype)
         if files is not None:
             _carry(files, folder)
         scaled = any(start_scale_name(name) in state for name in names)
@@ -104,7 +104,7 @@ def save_masters(
 
     Args:
         model: of transformers.
-        state: its parameters and buffers by the names that transformers has for them.
+        state: of `saved_state`.
         trained: those that keep their dtype.
         folder: for the files.
         dtype: of the other floating-point tensors, and in config.json; None leaves them as they are.

@@ -141,7 +141,9 @@ class _OwnScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, fmt: QuantizedFormat, dtype: torch.dtype) -> torch.Tensor:
         ctx.dtype = weight.dtype
-        return values_of(round_plainly(weight, fmt), fmt, weight.shape[-1]).to(dtype)
+        # The kernels of the CPU read by numpy, and FSDP cannot free the storage that numpy has seen.
+        own = weight.detach().clone() if weight.device.type == "cpu" else weight
+        return values_of(round_plainly(own, fmt), fmt, weight.shape[-1]).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:

@@ -193,7 +193,7 @@ class FakeQuantLinear(FakeQuantLayer):
     ) -> None:
         super().__init__(options, recipe, trained)
         self.in_features, self.out_features = original.in_features, original.out_features
-        self._take("weight", original.weight)
+        self._take("weight", original.get_parameter("weight"))
         self.register_parameter("bias", original.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from blockscale.calibrate.formats import QuantizedFormat, inputs_of_format
 from blockscale.checkpoint.decide import Signature, decide_quantize
@@ -144,21 +143,27 @@ def choose(model: Any, recipe: Recipe) -> tuple[Chosen, ...]:
 
 def saved_signatures(model: Any) -> dict[str, Signature]:
     """Name -> (safetensors dtype, shape) of the tensors that a model is saved as."""
-    state = remove_tied_weights_from_state_dict(without_scales(model, model.state_dict()), model)
+    state = saved_state(model, model.state_dict())
     empty = {name: torch.empty_like(each, device="meta") for name, each in state.items()}
     saved = revert_weight_conversion(model, empty)
     return {name: (DTYPE_NAMES[each.dtype], tuple(each.shape)) for name, each in saved.items()}
 
 
-def without_scales(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict of a prepared model, without what it has beside the names of transformers."""
+def saved_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a state dict is saved, under the names of transformers: no scales, tied weights once."""
     own = {
         f"{path}.{make(name)}"
         for path, layer in fake_quant_layers(model)
         for name in layer.trained
         for make in (start_scale_name, scale_shift_name)
     }
-    return {name: tensor for name, tensor in state.items() if name not in own}
+    known = dict(model.named_parameters(remove_duplicate=False))
+    tied = {
+        name
+        for name, other in model.all_tied_weights_keys.items()
+        if name in known and known[name] is known.get(other)
+    }
+    return {name: tensor for name, tensor in state.items() if name not in own | tied}
 
 
 def _check_model(model: Any) -> None:
