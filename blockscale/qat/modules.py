@@ -48,9 +48,9 @@ class QatOptions:
         activations: "fp8" as they will be when the checkpoint is served, or "high": left as they are, for
             engines that quantize weights alone.
         masters: dtype of the weights that train and are rounded, float32 or bfloat16.
-        compute: dtype of the operands of the products. In float32 they are exactly those of the checkpoint;
-            in bfloat16, at several times the speed on a GPU, all but FP8 with power of two scales are rounded
-            once more.
+        compute: dtype of the products. In float32 operands are exactly those of the checkpoint; in bfloat16,
+            which GPUs multiply much faster, only those with power of two scales are, others are rounded once
+            more.
 
     Raises:
         BlockscaleError: an unknown value.

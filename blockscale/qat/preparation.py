@@ -8,6 +8,7 @@ reads checkpoints.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from blockscale.qat.modules import (
     scale_shift_name,
     start_scale_name,
 )
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,11 @@ def choose(model: Any, recipe: Recipe) -> tuple[Chosen, ...]:
             remedy="name the block size",
         )
     tensors = saved_signatures(model)
-    decisions = decide_quantize(tensors, without_quantization(model.config.to_dict()), recipe).by_name
+    decisions = decide_quantize(tensors, without_quantization(model.config.to_dict()), recipe)
+    for warning in decisions.warnings:
+        _logger.warning("%s", warning)
     formats: dict[str, QuantizedFormat] = {}
-    for name, each in decisions.items():
+    for name, each in decisions.by_name.items():
         if each.group is not None:
             formats[name] = each.group
         elif each.block_size is not None:

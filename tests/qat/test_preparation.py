@@ -101,13 +101,15 @@ def test_inputs_of_gate_up_and_down_are_rounded_and_gradients_pass(sources):
 
 def test_products_in_bfloat16_have_the_exact_operands_where_scales_are_powers_of_two(sources):
     for recipe, exact in (("ue8m0", True), ("mxfp4", True), ("fp8", False)):
-        wide = prepared(sources["llama"], recipe)
-        narrow = prepared(sources["llama"], recipe, compute=torch.bfloat16)
+        # Inputs as they are: of such as are a little different, FP8 makes other codes here and there.
+        wide = prepared(sources["llama"], recipe, activations="high")
+        narrow = prepared(sources["llama"], recipe, activations="high", compute=torch.bfloat16)
         pairs = [*zip(fake_quantized_weights(wide), fake_quantized_weights(narrow), strict=True)]
         assert all(found.dtype == torch.bfloat16 for _, (_, found) in pairs)
         assert all(torch.equal(found.float(), value) for (_, value), (_, found) in pairs) == exact
         difference = checkpoints.logits(narrow) - checkpoints.logits(wide)
-        assert 0 < float(difference.norm() / checkpoints.logits(wide).norm()) < 0.05
+        relative = float(difference.norm() / checkpoints.logits(wide).norm())
+        assert 0 < relative < 0.03, relative
 
 
 def test_gradient_checkpointing_changes_no_gradient(sources):
