@@ -242,14 +242,11 @@ class FakeQuantExperts(FakeQuantLayer):
         return self.fake_quantized(name) if name in self.trained else getattr(self, name)
 
 
-def fake_quant_layer(
-    module: nn.Module, options: QatOptions, recipe: Recipe, trained: Mapping[str, Trained]
-) -> FakeQuantLayer:
-    """The layer that stands for a linear layer or for fused experts, with its parameters.
+def check_replaceable(module: nn.Module, trained: Mapping[str, Trained]) -> None:
+    """Refuse a module that no layer can stand for with these parameters trained.
 
     Raises:
-        BlockscaleError: no layer can stand for it.
-        NonFiniteError: a weight whose scales are to be fixed holds NaN or Inf.
+        BlockscaleError: as said.
     """
     if not all(can_quantize(module, name) for name in trained):
         raise BlockscaleError(
@@ -258,6 +255,16 @@ def fake_quant_layer(
             expected="torch.nn.Linear, or experts of gate_up_proj (E, 2I, K) and down_proj without bias",
             remedy="leave it out of what the recipe quantizes",
         )
+
+
+def fake_quant_layer(
+    module: nn.Module, options: QatOptions, recipe: Recipe, trained: Mapping[str, Trained]
+) -> FakeQuantLayer:
+    """The layer that stands for one that is replaceable, with its parameters.
+
+    Raises:
+        NonFiniteError: a weight whose scales are to be fixed holds NaN or Inf.
+    """
     if isinstance(module, nn.Linear):
         return FakeQuantLinear(module, options, recipe, trained)
     return FakeQuantExperts(module, options, recipe, trained)

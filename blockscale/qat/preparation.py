@@ -30,6 +30,7 @@ from blockscale.qat.initial import begin_with
 from blockscale.qat.modules import (
     QatOptions,
     Trained,
+    check_replaceable,
     fake_quant_layer,
     fake_quant_layers,
     scale_shift_name,
@@ -65,7 +66,8 @@ def prepare(
     theirs: make the optimizer afterwards.
 
     Args:
-        model: causal language model of transformers with unquantized weights; changed in place.
+        model: causal language model of transformers with unquantized weights; changed in place. After an
+            error about the values of a weight or about the initial checkpoint it has to be loaded again.
         recipe: as of `blockscale quantize`; the layout counts where it has no place for a format.
         options: default `QatOptions()`.
         initial: checkpoint that is quantized by the same recipe, calibrated for instance: its codes and
@@ -98,6 +100,8 @@ def prepare(
         inputs = inputs_of_format(each.fmt, recipe.scale_fmt) if options.activations == "fp8" else None
         trained = Trained(each.target.name, each.fmt, inputs, each.target.parts)
         by_module.setdefault(each.target.path, {})[each.target.leaf] = trained
+    for path, parameters in by_module.items():  # before anything is changed
+        check_replaceable(model.get_submodule(path), parameters)
     for path, parameters in by_module.items():
         layer = fake_quant_layer(model.get_submodule(path), options, recipe, parameters)
         layer.train(model.get_submodule(path).training)
@@ -135,8 +139,17 @@ def choose(model: Any, recipe: Recipe) -> tuple[Chosen, ...]:
             formats[name] = each.group
         elif each.block_size is not None:
             formats[name] = BlockFP8(each.block_size, recipe.scale_fmt)
+    targets = find_targets(model, tensors, formats)
+    lost = sorted(formats.keys() - {name for target in targets for name in target.sources})
+    if lost:
+        raise BlockscaleError(
+            f"{len(lost)} weights that the recipe quantizes are not found in the model again",
+            where=lost[0],
+            expected="names that transformers reads as it writes them",
+            remedy="exclude them in the recipe",
+        )
     chosen = []
-    for target in find_targets(model, tensors, formats):
+    for target in targets:
         fmt = formats[target.sources[0]]
         odd = next((name for name in target.sources if formats[name] != fmt), None)
         if odd is not None:

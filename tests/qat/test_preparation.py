@@ -9,7 +9,7 @@ import torch
 from blockscale import BlockscaleError, quantize_checkpoint
 from blockscale.checkpoint.recipe import Recipe
 from blockscale.errors import NonFiniteError
-from blockscale.qat import QatOptions, fake_quantized_weights, prepare
+from blockscale.qat import QatOptions, fake_quantized_weights, preparation, prepare
 from blockscale.qat.modules import FakeQuantExperts, fake_quant_layers
 from blockscale.qat.preparation import choose
 from tests import data
@@ -199,8 +199,16 @@ def test_a_layer_that_cannot_be_replaced_is_refused(sources):
     model = checkpoints.plain(sources["llama"])
     old = model.model.layers[0].mlp.up_proj
     model.model.layers[0].mlp.up_proj = Own(old.in_features, old.out_features, bias=False)
-    with pytest.raises(BlockscaleError, match="Own cannot train through the rounding of its weights"):
-        prepare(model, Recipe())
+    assert "Own cannot train through the rounding of its weights" in refused(model)
+
+
+def test_weights_that_are_not_found_again_are_refused(sources, monkeypatch):
+    found = preparation.find_targets
+    monkeypatch.setattr(preparation, "find_targets", lambda *arguments: found(*arguments)[1:])
+    line = refused(checkpoints.plain(sources["llama"]))
+    assert line.startswith(
+        "model.layers.0.mlp.down_proj.weight: 1 weights that the recipe quantizes are not found"
+    )
 
 
 def test_config_is_not_touched(sources):
