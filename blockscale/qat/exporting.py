@@ -66,8 +66,8 @@ def export(
         files: checkpoint whose tokenizer and other files beside the weights go along: the model's source.
         masters: folder for the unquantized master weights, what `verify --against` compares with. By default
             they are in a temporary one.
-        dtype: of all that is not quantized, and in config.json; by default as it is in the model. Weights
-            that are quantized are so from the masters as they are.
+        dtype: of what is not quantized, and in config.json; by default as it is in the model. What
+            transformers keeps in float32 stays so, and weights are quantized from the masters as they are.
         state_dict: whole tensors by the names of `model.state_dict()`, where the model is sharded.
         run: see `quantize_checkpoint`.
 
@@ -107,10 +107,16 @@ def save_masters(
         state: of `saved_state`.
         trained: those that keep their dtype.
         folder: for the files.
-        dtype: of the other floating-point tensors, and in config.json; None leaves them as they are.
+        dtype: of the other floating-point tensors, but for those that transformers keeps in float32, and in
+            config.json; None leaves them as they are.
     """
+    wide = () if dtype is None else tuple(model._get_dtype_plan(dtype))
+
+    def keeps(name: str) -> bool:
+        return name in trained or any(pattern in name for pattern in wide)
+
     cast = {
-        name: each if dtype is None or name in trained or not each.is_floating_point() else each.to(dtype)
+        name: each if dtype is None or keeps(name) or not each.is_floating_point() else each.to(dtype)
         for name, each in state.items()
     }
     with no_bars():

@@ -6,8 +6,9 @@ w, but no nearer to the edge than a tenth of the distance h between the numbers 
 
     master = s q + clamp(w - s q, -0.4 s h, 0.4 s h)
 
-or s q itself where that would round to another code (below a power of two numbers are closer). From there a
-code can go back to where w was by a small step, and none changes without one.
+or s q itself where that would round to another code: below a power of two numbers are closer, and zero has a
+sign (but in integers). From there a code can go back to where w was by a small step, and none changes without
+one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from blockscale.checkpoint.decide import FP8
 from blockscale.checkpoint.scales import read_scale
 from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8
+from blockscale.group_formats import GroupInt
 from blockscale.huggingface.partial import read_tensor
 from blockscale.huggingface.targets import Target
 from blockscale.qat.fake_quant import over_blocks
@@ -90,7 +92,11 @@ def nearest_master(own: torch.Tensor, beginning: Beginning, fmt: QuantizedFormat
     codes = to_grid(values / spread, grid)
     reach = _REACH * spread * _distance(codes, grid)
     master = values + (own - values).clamp(-reach, reach)
-    return torch.where(to_grid(master / spread, grid) == codes, master, values)
+    rounded = to_grid(master / spread, grid)
+    same = rounded == codes
+    if not isinstance(fmt, GroupInt):
+        same &= rounded.signbit() == codes.signbit()
+    return torch.where(same, master, values)
 
 
 def _distance(codes: torch.Tensor, grid: Grid) -> torch.Tensor:

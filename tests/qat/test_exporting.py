@@ -200,6 +200,7 @@ def test_files_go_along_and_config_says_what_the_checkpoint_is(sources, tmp_path
     kept = {tensor.dtype for name, tensor in stored.items() if tensor.element_size() == 2}
     assert kept == {torch.bfloat16}
     assert stored["model.norm.weight"].dtype == torch.bfloat16
+    assert stored["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
     assert "lm_head.weight" in stored
 
 
