@@ -204,6 +204,23 @@ def test_files_go_along_and_config_says_what_the_checkpoint_is(sources, tmp_path
     assert "lm_head.weight" in stored
 
 
+@pytest.mark.parametrize(("name", "recipe"), [("llama", "int3"), ("deepseek_v3", "w4a8")])
+def test_a_model_in_bfloat16_with_wide_masters_has_the_logits_of_its_checkpoint(
+    sources, tmp_path, name, recipe
+):
+    loaded = checkpoints.transformers.AutoModelForCausalLM.from_pretrained(
+        sources[name], dtype=torch.bfloat16
+    )
+    model = prepare(loaded, RECIPES[recipe], QatOptions("learned"))
+    train(model)
+    export(model, tmp_path / "out", masters=tmp_path / "masters")
+    assert verify_checkpoint(tmp_path / "out", tmp_path / "masters").problems == ()
+    assert data.read_config(tmp_path / "out")["dtype"] == "bfloat16"
+    assert data.read(tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
+    found = load_model(tmp_path / "out", dtype=torch.bfloat16)
+    assert calc_diff(checkpoints.logits(found), checkpoints.logits(model)) < 1e-10
+
+
 def test_a_tied_head_is_not_written_twice(sources, tmp_path):
     model = prepared(sources["llama"], "fp8")
     export(model, tmp_path / "out", dtype=torch.bfloat16)
