@@ -40,6 +40,8 @@ def test_imports_point_one_way():
         ("checkpoint/__init__", "blockscale.cli.main"),
         ("checkpoint/__init__", "blockscale.model.config"),
         ("model/__init__", "blockscale.evaluate.compare"),
+        ("qat/modules", "blockscale.evaluate.compare"),
+        ("evaluate/__init__", "blockscale.qat.modules"),
         ("cli/main", "blockscale.testing"),
     ],
 )

@@ -318,7 +318,7 @@ def assemble(
 ) -> ConversionPlan:
     """The plan of these shards, with what the source has beside its weights; arguments as its attributes."""
     files = source.files()
-    carried = tuple(name for name in files if _is_carried(name))
+    carried = tuple(name for name in files if is_carried(name))
     used = {CONFIG_NAME, *carried}.union(*(shard.source_files for shard in shards))
     fingerprints = {name: source.fingerprint(name) for name in sorted(used)}
     return ConversionPlan(command, options, shards, config, index_metadata, carried, decisions, fingerprints)
@@ -329,6 +329,7 @@ def _shard_metadata(header: Header) -> dict[str, str]:
     return {"format": "pt", **header.metadata}
 
 
-def _is_carried(name: str) -> bool:
+def is_carried(name: str) -> bool:
+    """Whether a file of a checkpoint is copied along: all but weights, indexes and what is written."""
     weights = name.endswith(_WEIGHT_SUFFIXES) or name.endswith(".index.json")
     return not weights and name not in (CONFIG_NAME, MANIFEST_NAME)

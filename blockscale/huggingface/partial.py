@@ -61,7 +61,7 @@ class PartialModel:
             dtype_plan=model._get_dtype_plan(model.dtype),
             weight_mapping=get_model_conversion_mapping(model),
         )
-        with _no_bars():
+        with no_bars():
             info, _ = convert_and_load_state_dict_in_model(model, state, config)
         if any(name in model.all_tied_weights_keys for name in names):
             model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
@@ -137,7 +137,7 @@ def _first_dtype(entries: Mapping[str, TensorEntry]) -> torch.dtype:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Transformers draws no progress bars: one for every layer would be too many."""
     drawn = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

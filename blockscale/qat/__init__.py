@@ -1,0 +1,49 @@
+"""Quantization-aware training: a model trains through the rounding with which its checkpoint will be stored.
+
+    from blockscale.qat import export, prepare
+
+    prepare(model, recipe)              # a transformers causal LM, in place
+    ...                                 # any training loop
+    export(model, "trained-fp8")        # a checkpoint as `blockscale quantize` writes it
+
+Rooms: `fake_quant` (rounding and its gradients), `modules` (layers that take the place of those of
+transformers), `preparation`, `initial` (codes and scales to begin with), `exporting`.
+
+The names are loaded on first use: transformers is an optional dependency.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from blockscale.errors import BlockscaleError
+
+if TYPE_CHECKING:
+    from blockscale.qat.exporting import export
+    from blockscale.qat.modules import QatOptions, fake_quantized_weights
+    from blockscale.qat.preparation import prepare
+
+_MODULES = {
+    "QatOptions": "modules",
+    "export": "exporting",
+    "fake_quantized_weights": "modules",
+    "prepare": "preparation",
+}
+
+__all__ = ["QatOptions", "export", "fake_quantized_weights", "prepare"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'blockscale.qat' has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"blockscale.qat.{_MODULES[name]}"), name)
+    except ImportError as error:
+        raise BlockscaleError(
+            "cannot train models of transformers",
+            where="blockscale.qat",
+            expected="transformers 5",
+            got=error,
+            remedy="pip install 'blockscale[eval]'",
+        ) from error

@@ -1,0 +1,223 @@
+"""Rounding that gradients pass straight through: forward is the exporter's arithmetic, bit for bit.
+
+With q(x) the number of the format's grid nearest to x (ties to even, saturating at its largest number L), and
+s the scale of the block or group that a weight w lies in:
+
+    forward         w' = s q(w / s)                              float32, rounded once to `dtype`
+    backward        dw = dw' m,    m = 1 where |w / s| <= L + h/2, else 0
+                    ds = sum over the block of dw' (q(w / s) - m w / s)         only of given scales
+
+h is the distance between the two largest numbers of the grid: beyond L + h/2 it is saturation that decides
+what w becomes, not rounding, and w' does not change with w. (7.03 is rounded to the code 7 as 6.97 is: with
+the bare |w / s| <= L half of all groups with BF16 scales would never again move their largest weight.)
+
+Dynamic scales are the format's own, s = amax / L rounded to what is stored. They put no value beyond L + h/2,
+so m is 1 everywhere; how s depends on w is left out, as is usual. Activations are quantized with dynamic
+scales in 1 x G groups; below the floor of the amax, 1e-4, values are rounded more coarsely but still rounded.
+
+Scales that are given are float32 numbers, rounded to what the format stores by `storable`, with a gradient
+straight through as well.
+
+Sources: straight-through estimator, Bengio et al. (arXiv:1308.3432); gradient of scales, LSQ (Esser et al.,
+arXiv:1902.08153, equation 3), without its factor 1 / sqrt(n L), which Adam takes out again.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from blockscale import ops
+from blockscale.calibrate.formats import (
+    Points,
+    QuantizedFormat,
+    Rounding,
+    block_of,
+    grid_of,
+    nearest_scale,
+    round_plainly,
+    stored,
+    values_of,
+)
+from blockscale.errors import BlockscaleError
+from blockscale.formats import BlockFP8
+from blockscale.group_formats import GroupInt
+from blockscale.reference import checks
+from blockscale.reference.fp8 import MIN_WEIGHT_SCALE
+from blockscale.reference.rounding import to_grid
+
+_LARGEST_POWER = 2.0**127  # of float32 and of E8M0
+_HALF_OCTAVE = math.sqrt(0.5)
+
+
+def fake_quantize(
+    weight: torch.Tensor, fmt: QuantizedFormat, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """A weight as it is read back from a checkpoint, with the scales that `blockscale quantize` gives it.
+
+    Args:
+        weight: (N, K) or (E, N, K); BF16, F16 or F32.
+        fmt: of the checkpoint.
+        dtype: of the result: bfloat16, float16 or float32.
+
+    Raises:
+        NonFiniteError: the weight holds NaN or Inf.
+        BlockscaleError: wrong dtype or shape.
+    """
+    return _OwnScale.apply(weight, fmt, dtype)
+
+
+def fake_quantize_scaled(
+    weight: torch.Tensor, scale: torch.Tensor, fmt: QuantizedFormat, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """A weight as it is read back from a checkpoint with these scales.
+
+    Args:
+        weight: (N, K) or (E, N, K); BF16, F16 or F32. NaN stays NaN.
+        scale: float32 (..., ceil(N / rows), ceil(K / columns)) for the blocks or groups of the format,
+            positive and such as it stores (`storable`).
+        fmt: of the checkpoint.
+        dtype: of the result: bfloat16, float16 or float32.
+
+    Raises:
+        BlockscaleError: wrong dtype or shape.
+    """
+    _check(weight, scale, fmt)
+    return _GivenScale.apply(weight, scale, fmt, dtype)
+
+
+def fake_quantize_input(x: torch.Tensor, fmt: BlockFP8, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Activations (..., K) as FP8 with a scale for each group of a row represents them.
+
+    Args:
+        x: BF16, F16 or F32.
+        fmt: its block_k is the size of a group.
+        dtype: of the result: bfloat16, float16 or float32.
+    """
+    return _Input.apply(x, fmt, dtype)
+
+
+def storable(scale: torch.Tensor, fmt: QuantizedFormat) -> torch.Tensor:
+    """Scales of any shape, float32, as near as the format stores them, with the gradient of the identity.
+
+    BF16 to nearest even; powers of two to the nearest by ratio, so that one that is there already stays until
+    it has moved by a factor of sqrt(2). None is below 2**-126.
+    """
+    return _Storable.apply(scale, fmt)
+
+
+def round_scaled(weight: torch.Tensor, scale: torch.Tensor, fmt: QuantizedFormat) -> Rounding:
+    """Codes and scales as a checkpoint has them, of which `fake_quantize_scaled` gives the values.
+
+    Args:
+        weight, scale, fmt: as there.
+
+    Raises:
+        BlockscaleError: wrong dtype or shape.
+    """
+    _check(weight, scale, fmt)
+    codes = to_grid(weight.detach().float() / over_blocks(scale, fmt, weight.shape), grid_of(fmt))
+    return stored(Points(codes, scale), fmt)
+
+
+def over_blocks(scale: torch.Tensor, fmt: QuantizedFormat, shape: torch.Size) -> torch.Tensor:
+    """Scales of blocks as those of values: (..., ceil(N / rows), ceil(K / columns)) -> (..., N, K)."""
+    rows, columns = block_of(fmt)
+    tall = scale if rows == 1 else scale.repeat_interleave(rows, -2)[..., : shape[-2], :]
+    return tall.repeat_interleave(columns, -1)[..., : shape[-1]]
+
+
+def clipping_limit(fmt: QuantizedFormat) -> float:
+    """L + h/2 of the module's equations: 464, 7.5, 3.5, or 7 of E2M1."""
+    grid = grid_of(fmt)
+    binade = 2.0 ** math.floor(math.log2(grid.largest))
+    return grid.largest + binade * 2.0 ** -(grid.mantissa_bits + 1)
+
+
+class _OwnScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, fmt: QuantizedFormat, dtype: torch.dtype) -> torch.Tensor:
+        ctx.dtype = weight.dtype
+        # The kernels of the CPU read by numpy, and FSDP cannot free the storage that numpy has seen.
+        own = weight.detach().clone() if weight.device.type == "cpu" else weight
+        return values_of(round_plainly(own, fmt), fmt, weight.shape[-1]).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0].to(ctx.dtype), None, None
+
+
+class _GivenScale(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, scale: torch.Tensor, fmt: QuantizedFormat, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.fmt = fmt
+        spread = over_blocks(scale, fmt, weight.shape)
+        codes = to_grid(weight.float() / spread, grid_of(fmt))
+        # Integers have one zero.
+        return ((codes + 0.0 if isinstance(fmt, GroupInt) else codes) * spread).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+        weight, scale = ctx.saved_tensors
+        grad = grads[0].float()
+        quotient = weight.float() / over_blocks(scale, ctx.fmt, weight.shape)
+        inside = quotient.abs() <= clipping_limit(ctx.fmt)
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            each = to_grid(quotient, grid_of(ctx.fmt)) - quotient.where(inside, 0.0)
+            of_scale = _sum_blocks(grad * each, ctx.fmt)
+        return (grad * inside).to(weight.dtype), of_scale, None, None
+
+
+class _Input(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fmt: BlockFP8, dtype: torch.dtype) -> torch.Tensor:
+        ctx.dtype = x.dtype
+        group = fmt.block_size[1]
+        rows = x.reshape(-1, x.shape[-1])
+        codes, scale = ops.quantize_activation(rows, group, fmt.scale_fmt)
+        return ops.dequantize_weight(codes, scale, (1, group), dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0].to(ctx.dtype), None, None
+
+
+class _Storable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: torch.Tensor, fmt: QuantizedFormat) -> torch.Tensor:
+        if fmt.scale_fmt != "ue8m0":
+            return nearest_scale(scale, fmt)
+        part, exponent = torch.frexp(scale.clamp(MIN_WEIGHT_SCALE, _LARGEST_POWER))
+        power = torch.ldexp(torch.ones_like(scale), exponent - (part < _HALF_OCTAVE).to(exponent.dtype))
+        return power.clamp(MIN_WEIGHT_SCALE, _LARGEST_POWER)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+def _sum_blocks(values: torch.Tensor, fmt: QuantizedFormat) -> torch.Tensor:
+    """Sums over the blocks of (..., N, K): (..., ceil(N / rows), ceil(K / columns))."""
+    (rows, columns), (height, width) = block_of(fmt), values.shape[-2:]
+    padded = pad(values, (0, -width % columns, 0, -height % rows))
+    grid = padded.shape[-2] // rows, padded.shape[-1] // columns
+    return padded.reshape(*values.shape[:-2], grid[0], rows, grid[1], columns).sum(dim=(-3, -1))
+
+
+def _check(weight: torch.Tensor, scale: torch.Tensor, fmt: QuantizedFormat) -> None:
+    checks.check_weight("fake_quantize: weight", weight)
+    checks.check_dtype("fake_quantize: scale", scale.dtype, (torch.float32,))
+    rows, columns = block_of(fmt)
+    *lead, n, k = weight.shape
+    grid = (*lead, math.ceil(n / rows), math.ceil(k / columns))
+    if tuple(scale.shape) != grid:
+        raise BlockscaleError(
+            "wrong shape", where="fake_quantize: scale", expected=list(grid), got=list(scale.shape)
+        )
