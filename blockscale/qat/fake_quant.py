@@ -38,9 +38,7 @@ from blockscale.calibrate.formats import (
     block_of,
     grid_of,
     nearest_scale,
-    round_plainly,
     stored,
-    values_of,
 )
 from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8
@@ -58,13 +56,14 @@ def fake_quantize(
 ) -> torch.Tensor:
     """A weight as it is read back from a checkpoint, with the scales that `blockscale quantize` gives it.
 
+    Blocks and groups with NaN or Inf are NaN.
+
     Args:
         weight: (N, K) or (E, N, K); BF16, F16 or F32.
         fmt: of the checkpoint.
         dtype: of the result: bfloat16, float16 or float32.
 
     Raises:
-        NonFiniteError: the weight holds NaN or Inf.
         BlockscaleError: wrong dtype or shape.
     """
     return _OwnScale.apply(weight, fmt, dtype)
@@ -143,7 +142,7 @@ class _OwnScale(torch.autograd.Function):
         ctx.dtype = weight.dtype
         # The kernels of the CPU read by numpy, and FSDP cannot free the storage that numpy has seen.
         own = weight.detach().clone() if weight.device.type == "cpu" else weight
-        return values_of(round_plainly(own, fmt), fmt, weight.shape[-1]).to(dtype)
+        return ops.fake_quantize_weight(own, fmt, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -179,10 +178,7 @@ class _Input(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, fmt: BlockFP8, dtype: torch.dtype) -> torch.Tensor:
         ctx.dtype = x.dtype
-        group = fmt.block_size[1]
-        rows = x.reshape(-1, x.shape[-1])
-        codes, scale = ops.quantize_activation(rows, group, fmt.scale_fmt)
-        return ops.dequantize_weight(codes, scale, (1, group), dtype).view(x.shape)
+        return ops.fake_quantize_activation(x, fmt, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:

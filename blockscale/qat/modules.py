@@ -155,17 +155,13 @@ class FakeQuantLayer(nn.Module):
     def fake_quantized(self, name: str) -> torch.Tensor:
         """A weight as the checkpoint will have it, of its shape and the dtype of the products.
 
-        Raises:
-            NonFiniteError: it holds NaN or Inf, and its scales are dynamic.
+        Blocks with NaN or Inf are NaN: a training step is told by its loss, and waits for no weight.
         """
         own, weight, scale = self.trained[name], getattr(self, name), self.scale(name)
         matrices = own.matrices(weight)
-        if scale is not None:
-            return fake_quantize_scaled(matrices, scale, own.fmt, self.options.compute).view(weight.shape)
-        try:
+        if scale is None:
             return fake_quantize(matrices, own.fmt, self.options.compute).view(weight.shape)
-        except NonFiniteError as error:
-            raise NonFiniteError(error.count, error.position, where=own.name) from None
+        return fake_quantize_scaled(matrices, scale, own.fmt, self.options.compute).view(weight.shape)
 
     def multiply(
         self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None

