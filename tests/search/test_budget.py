@@ -13,18 +13,19 @@ from blockscale.search.budget import NOISE, budget_recipe
 from tests.search.conftest import blockscale
 
 __all__ = ["blockscale"]
+# Like DeepSeek-V3, with an eighth of the experts, each eight times as wide (shared ones too): less to plan.
 V3 = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
     "vocab_size": 129280,
     "hidden_size": 7168,
     "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
+    "moe_intermediate_size": 8 * 2048,
     "num_hidden_layers": 61,
     "num_attention_heads": 128,
     "num_key_value_heads": 128,
     "n_shared_experts": 1,
-    "n_routed_experts": 256,
+    "n_routed_experts": 256 // 8,
     "num_experts_per_tok": 8,
     "first_k_dense_replace": 3,
     "moe_layer_freq": 1,
@@ -44,37 +45,37 @@ def precision(recipe):
     return dict(each.split("=") for each in recipe.precision.spelled())
 
 
-def test_three_quarters_saved_need_a_quarter_of_the_experts_in_three_bits():
+def test_three_quarters_saved_need_three_bits_in_the_middle():
     recipe = budget_recipe(V3, "0.25x")
     plan = plan_checkpoint(V3, recipe)
     assert 0.9975 * 0.25 * plan.before < plan.after <= 0.25 * plan.before
-    experts = 256 * 3  # weights of a layer
-    assert plan.group_formats == {"int4:g128": 43 * experts, "int3:g128": 15 * experts}
+    experts = 32 * 3  # weights of a layer
+    assert plan.group_formats == {"int4:g128": 37 * experts, "int3:g128": 21 * experts}
     entries = precision(recipe)
     three = [int(key.split(".")[2]) for key, fmt in entries.items() if fmt == "int3:g128"]
-    assert three == list(range(23, 38))  # the middle of 61
+    assert three == list(range(20, 41))  # of 61
     assert {entries[role] for role in ("attention", "dense_mlp", "shared_experts")} == {"fp8"}
 
 
 def test_what_is_not_needed_is_not_taken():
     w4a8 = plan_checkpoint(V3, PRESETS["w4a8"])
     assert plan_checkpoint(V3, budget_recipe(V3, f"{w4a8.after}B")).after == w4a8.after
-    assert precision(budget_recipe(V3, "680GB")) == {"default": "fp8"}
+    assert precision(budget_recipe(V3, "720GB")) == {"default": "fp8"}
     half = plan_checkpoint(V3, budget_recipe(V3, "500GB"))
     assert 493e9 < half.after <= 500e9
     assert set(half.group_formats) == {"int4:g128"}
 
 
 def test_beyond_experts_attention_gives_bits_too():
-    recipe = budget_recipe(V3, "266GB")
-    assert plan_checkpoint(V3, recipe).after <= 266e9
+    recipe = budget_recipe(V3, "275GB")
+    assert plan_checkpoint(V3, recipe).after <= 275e9
     assert recipe.precision.format_of("model.layers.5.self_attn.o_proj.weight").group is not None
 
 
 @pytest.mark.parametrize("size", ["200GB", "0.1x"])
 def test_a_size_that_no_format_reaches_is_refused_with_the_smallest(size):
     with pytest.raises(
-        BlockscaleError, match=r"no assignment of these formats is that small.*265,275,403,264"
+        BlockscaleError, match=r"no assignment of these formats is that small.*272,073,597,184 bytes"
     ):
         budget_recipe(V3, size)
 
