@@ -260,10 +260,9 @@ def test_verify_finds(tmp_path, layout, fault):
     assert not verify_checkpoint(tmp_path / "out", source).ok
 
 
+@pytest.mark.skipif(not data.TINY_DEEPSEEK.exists(), reason="the trained tiny model is not here")
 def test_transformers_loads_our_experts(tmp_path):
     transformers = pytest.importorskip("transformers")
-    if not data.TINY_DEEPSEEK.exists():
-        pytest.skip("the trained tiny model is not here")
     _quantize(tmp_path, data.TINY_DEEPSEEK, "compressed-tensors")
     dequantize_checkpoint(tmp_path / "out", tmp_path / "back")
     load = transformers.AutoModelForCausalLM.from_pretrained

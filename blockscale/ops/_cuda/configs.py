@@ -93,10 +93,7 @@ class Tile:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a math and of a feeding thread after the exchange."""
-        launch = 65536 // (self.threads * self.occupancy) // 8 * 8  # what a thread starts with
-        feed = 40
-        math_registers = (launch * (self.warpgroups + 1) - feed) // self.warpgroups // 8 * 8
-        return min(math_registers, 240), feed
+        return exchanged_registers(self.warpgroups, self.occupancy, 40)
 
     @property
     def boxes(self) -> tuple[int, int, int]:
@@ -207,6 +204,13 @@ AnyTile = Tile | FewTile
 def takes(tile: AnyTile, kind: Kind, experts: int) -> bool:
     """Whether a tile can be used for so many experts: tuning tables do not know their number."""
     return kind != "masked" or isinstance(tile, Tile) or experts <= MOST_EXPERTS
+
+
+def exchanged_registers(warpgroups: int, occupancy: int, feed: int) -> tuple[int, int]:
+    """Registers of a math thread, of so many warpgroups and one that feeds them, and of a feeding one."""
+    launch = 65536 // (128 * (warpgroups + 1) * occupancy) // 8 * 8  # what a thread starts with
+    math_registers = (launch * (warpgroups + 1) - feed) // warpgroups // 8 * 8
+    return min(math_registers, 240), feed
 
 
 def constants(values: Mapping[str, int | bool]) -> str:

@@ -13,6 +13,7 @@ from blockscale.ops._cuda.configs import (
     SHARED_BYTES,
     Kind,
     constants,
+    exchanged_registers,
     wgmma_header,
 )
 
@@ -76,10 +77,7 @@ class W4Tile:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a math and of a feeding thread after the exchange."""
-        launch = 65536 // (self.threads * self.occupancy) // 8 * 8  # what a thread starts with
-        feed = 24
-        math_registers = (launch * (self.warpgroups + 1) - feed) // self.warpgroups // 8 * 8
-        return min(math_registers, 240), feed
+        return exchanged_registers(self.warpgroups, self.occupancy, 24)
 
     @property
     def boxes(self) -> tuple[int, int]:
