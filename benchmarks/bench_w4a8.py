@@ -1,6 +1,7 @@
 """Four-bit weights times FP8 activations on one GPU: blockscale W4A8, its own FP8, and humming-kernels.
 
-    python benchmarks/bench_w4a8.py [--kind int4 mxfp4] [--variants] [--results FILE] [--budget SECONDS]
+    python benchmarks/bench_w4a8.py [--kind int4 mxfp4] [--layout L ...] [--tokens T ...] [--variants]
+        [--results FILE] [--budget SECONDS]
 
 Dense, and 32 experts in contiguous and in masked rows. Every competitor's product is compared with the
 float32 reference before it is timed (humming's, whose own arithmetic differs, to 1e-4). Timing as in
@@ -239,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kind", nargs="+", choices=("int4", "mxfp4"), default=["int4"])
     parser.add_argument("--layout", nargs="+", default=["masked", "contiguous", "dense"])
+    parser.add_argument("--tokens", type=int, nargs="+", help="only these; rows where products are dense")
     parser.add_argument("--variants", action="store_true", help="time every tile")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -252,6 +254,7 @@ def main() -> None:
         Case(layout, tokens, n, k, kind)
         for kind, n, k, layout in shapes
         for tokens in (DENSE if layout == "dense" else GROUPED)
+        if arguments.tokens is None or tokens in arguments.tokens
     ]
     if arguments.variants:
         compile_all(cases)
