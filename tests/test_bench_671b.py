@@ -11,7 +11,7 @@ from blockscale.group_spelling import parse_group_format
 from blockscale.model.config import load_config
 from blockscale.model.ranks import ONE
 from blockscale.ops import _dequantized_w4a8
-from tests.model.test_ranks import torchrun
+from tests.processes import torchrun
 
 ROOT = Path(__file__).parent.parent
 

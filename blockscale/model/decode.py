@@ -16,6 +16,7 @@ import torch
 from blockscale import ops
 from blockscale.model.attention import Batch, KVCache
 from blockscale.model.transformer import Transformer
+from blockscale.ops.capture import capture
 
 _LOOK_STEP = 256  # without graphs attention looks at a multiple of this many tokens
 _LEAST_REACH = 512  # of a graph
@@ -114,7 +115,7 @@ class Graphs:
         torch.cuda.current_stream(inputs.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         others = next(iter(self._captured.values()), None)
-        with torch.cuda.graph(graph, pool=others.graph.pool() if others else None):
+        with capture(graph, others.graph if others else None):
             result = self._step(inputs, reach)
         return _Captured(graph, inputs, result)
 

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from blockscale.ops.capture import capture
+
 Name = TypeVar("Name", bound=Hashable)
 
 _REPLAYS, _WARM_UP = 12, 2
@@ -28,7 +30,7 @@ def captured(runs: Sequence[Callable[[], object]]) -> Callable[[], float]:
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
+    with capture(graph):
         for run in runs:
             run()
 

@@ -22,6 +22,7 @@ from blockscale.model.slices import share
 from blockscale.testing.asserts import assert_bitwise_equal
 from tests import data
 from tests.model import models, rank_worker, test_gpu
+from tests.processes import torchrun
 
 pytest.importorskip("compressed_tensors")
 ROOT = Path(__file__).parent.parent.parent
@@ -303,19 +304,6 @@ def test_what_is_too_small_to_share_is_refused():
         BlockscaleError, match=r"too small for so many ranks \(expected at least 4 rows .*got 3"
     ):
         share(3, Ranks(0, 4), 128)
-
-
-def torchrun(*arguments, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
-    )
 
 
 @pytest.mark.skipif(not data.TINY_DEEPSEEK.is_dir(), reason=f"no {data.TINY_DEEPSEEK.name} here")
