@@ -51,6 +51,11 @@ class Tokenizer:
         # Quiet: that a text is longer than the context is the caller's to judge.
         return list(self._tokenizer(text, verbose=False)["input_ids"])
 
+    def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of pieces of a text, without what the tokenizer puts before a whole one."""
+        ids = self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [list(each) for each in ids]
+
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that the assistant is to continue; of plain text without a template."""
         if not self._tokenizer.chat_template:

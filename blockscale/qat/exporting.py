@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -95,6 +96,31 @@ def export(
         scaled = any(start_scale_name(name) in state for name in names)
         rounder = QatRounder(state, chosen) if scaled else None
         return quantize_checkpoint(folder, dst, recipe, run=run, rounder=rounder)
+
+
+def export_unquantized(
+    model: Any,
+    dst: Path,
+    *,
+    files: str | os.PathLike[str],
+    state_dict: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Write a model that was not prepared as a checkpoint, whole or not at all; what is at `dst` goes.
+
+    Args:
+        model: of transformers.
+        dst: folder for it.
+        files: checkpoint whose tokenizer and other files beside the weights go along.
+        state_dict: whole tensors by the names of `model.state_dict()`.
+        dtype: see `save_masters`.
+    """
+    with tempfile.TemporaryDirectory(dir=dst.absolute().parent, prefix=f".{dst.name}-") as made:
+        folder = Path(made) / "checkpoint"
+        save_masters(model, saved_state(model, state_dict), set(), folder, dtype)
+        _carry(files, folder)
+        shutil.rmtree(dst, ignore_errors=True)
+        folder.rename(dst)
 
 
 def save_masters(
