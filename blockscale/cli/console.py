@@ -108,6 +108,18 @@ def progress(*, quiet: bool) -> Iterator[Progress]:
 
 
 @contextmanager
+def bar(total: int) -> Iterator[Callable[[int, str], None] | None]:
+    """A function that takes how many of `total` are done and a text beside; None without a terminal."""
+    if not err.is_terminal:
+        yield None
+        return
+    text = TextColumn("{task.completed}/{task.total} {task.fields[told]}")
+    with RichProgress(BarColumn(), text, TimeRemainingColumn(), console=err) as shown:
+        task = shown.add_task("", total=total, told="")
+        yield lambda done, told: shown.update(task, completed=done, told=told)
+
+
+@contextmanager
 def counting(what: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A function to call with their number whenever one more is done; shows it on standard error."""
     if quiet:

@@ -16,6 +16,7 @@ from blockscale.cli import (
     plan,
     quantize,
     search,
+    train,
     tune,
     verify,
 )
@@ -24,7 +25,7 @@ from blockscale.version import __version__
 
 app = typer.Typer(
     help="Block-scaled FP8 models: quantize, dequantize, convert, verify, lint, inspect, plan, generate, "
-    "evaluate, diagnose, search, tune.",
+    "evaluate, diagnose, search, train, tune.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,7 +33,7 @@ app = typer.Typer(
 )
 _COMMANDS = (
     *(quantize, dequantize, convert, verify, lint, inspect, plan),
-    *(generate, evaluate, diagnose, search, tune),
+    *(generate, evaluate, diagnose, search, train, tune),
 )
 for module in _COMMANDS:
     app.command(module.__name__.rpartition(".")[2])(module.command)

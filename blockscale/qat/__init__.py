@@ -6,8 +6,12 @@
     ...                                 # any training loop
     export(model, "trained-fp8")        # a checkpoint as `blockscale quantize` writes it
 
-Rooms: `fake_quant` (rounding and its gradients), `modules` (layers that take the place of those of
-transformers), `preparation`, `initial` (codes and scales to begin with), `exporting`.
+or all of it, `train(Training("my-model", Path("text"), recipe), Path("trained"))`: `blockscale train`.
+
+Rooms of the rounding: `fake_quant` (with its gradients), `modules` (layers that take the place of those of
+transformers), `preparation`, `initial` (codes and scales to begin with), `exporting`. Rooms of the trainer:
+`request` (what a user asks), `workplace`, `loading`, `reading` (text), `losses`, `optimizer`, `arithmetic`,
+`sharding`, `checking` (perplexity), `history`, `saved`, and `training`, which puts them together.
 
 The names are loaded on first use: transformers is an optional dependency.
 """
@@ -21,17 +25,39 @@ from blockscale.errors import BlockscaleError
 
 if TYPE_CHECKING:
     from blockscale.qat.exporting import export
+    from blockscale.qat.history import Check, Step, recovered
     from blockscale.qat.modules import QatOptions, fake_quantized_weights
     from blockscale.qat.preparation import prepare
+    from blockscale.qat.request import RunLimits, Training
+    from blockscale.qat.training import Trained, train
 
 _MODULES = {
+    "Check": "history",
     "QatOptions": "modules",
+    "RunLimits": "request",
+    "Step": "history",
+    "Trained": "training",
+    "Training": "request",
     "export": "exporting",
     "fake_quantized_weights": "modules",
     "prepare": "preparation",
+    "recovered": "history",
+    "train": "training",
 }
 
-__all__ = ["QatOptions", "export", "fake_quantized_weights", "prepare"]
+__all__ = [
+    "Check",
+    "QatOptions",
+    "RunLimits",
+    "Step",
+    "Trained",
+    "Training",
+    "export",
+    "fake_quantized_weights",
+    "prepare",
+    "recovered",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

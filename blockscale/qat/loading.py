@@ -13,6 +13,7 @@ from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import BlockscaleError
 from blockscale.evaluate.loading import is_quantized
 from blockscale.huggingface.load import load_as_stored
+from blockscale.huggingface.partial import no_bars
 from blockscale.model.ranks import Ranks
 from blockscale.qat.request import Training
 from blockscale.qat.sharding import shard
@@ -31,7 +32,8 @@ def load(source: Source, dtype: torch.dtype, ranks: Ranks) -> Any:
             expected="unquantized weights",
             remedy="run blockscale dequantize, and name this one with --initial",
         )
-    return load_as_stored(source, dtype).to(ranks.device)
+    with no_bars():
+        return load_as_stored(source, dtype).to(ranks.device)
 
 
 def load_teacher(training: Training, ranks: Ranks) -> nn.Module:

@@ -202,6 +202,39 @@ def points(
     return figure
 
 
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]], across: Axis, up: Axis, levels: Mapping[str, float]
+) -> dict[str, Any]:
+    """Lines through points (x, y) of several series, and horizontal ones at the levels; named in a legend."""
+    data = [
+        go.Scatter(
+            x=[x for x, _ in values],
+            y=[y for _, y in values],
+            mode="lines+markers" if len(values) < 60 else "lines",
+            name=label(name, _LONGEST),
+            line={"color": _SERIES[place % len(_SERIES)], "width": 1.5},
+            marker={"size": 5},
+            hovertemplate=f"%{{x}}: %{{y:.5g}}<extra>{label(name, _LONGEST)}</extra>",
+        )
+        for place, (name, values) in enumerate(series.items())
+    ]
+    first, last = (pick(x for values in series.values() for x, _ in values) for pick in (min, max))
+    for place, (name, level) in enumerate(levels.items(), len(series)):
+        data.append(
+            go.Scatter(
+                x=[first, last],
+                y=[level, level],
+                mode="lines",
+                name=label(name, _LONGEST),
+                line={"color": _SERIES[place % len(_SERIES)], "width": 1.5, "dash": "dash"},
+                hovertemplate=f"%{{y:.5g}}<extra>{label(name, _LONGEST)}</extra>",
+            )
+        )
+    figure = _figure(data, across, up, 320)
+    figure["layout"]["showlegend"] = len(data) > 1
+    return figure
+
+
 def course(
     places: Sequence[float],
     values: Sequence[float],

@@ -8,7 +8,8 @@ from blockscale.checkpoint.convert import ConversionReport
 from blockscale.evaluate.compare import WindowScore
 from blockscale.evaluate.diagnose import Diagnosis
 from blockscale.evaluate.run import Evaluation
-from blockscale.report import diagnosis, evaluation, provenance, search, sizes
+from blockscale.qat.training import Trained
+from blockscale.report import diagnosis, evaluation, provenance, search, sizes, training
 from blockscale.report.content import Code, Facts, Note, Page, Section
 from blockscale.report.histogram import read_histograms
 from blockscale.report.wording import spelled
@@ -90,6 +91,20 @@ def search_page(result: SearchResult) -> Page:
         provenance.versions_section(("torch", "transformers")),
     ]
     return _page(f"Searched: {result.model}", search.summary(result), sections)
+
+
+def train_page(result: Trained) -> Page:
+    """What a training did, step by step, and what became of the checkpoint."""
+    quantized = result.training["recipe"] is not None
+    sections = [
+        training.course_section(result),
+        training.options_section(result),
+        sizes.section(sizes.counts_of(result.training["model"]), sizes.counts_of(result.out)),
+        provenance.recipe_section(result.out) if quantized else None,
+        provenance.files_section(result.out),
+        provenance.versions_section(("torch", "transformers")),
+    ]
+    return _page(f"Trained: {result.out}", training.summary(result), sections)
 
 
 _LOADING = ("runtime", "device", "dtype", "compute", "precision")

@@ -1,0 +1,246 @@
+"""What training through the rounding wins back: against plain and calibrated rounding, at equal steps.
+
+    python benchmarks/bench_training.py --model NAME=FOLDER --data TEXT --val TEXT [--recipe w4a8]
+        [--cases dynamic learned dynamic:lr=1e-4] [--steps 1000] [--batch 64] [--context 512] [--lr 1e-4]
+        [--calibrate TEXT --calibration-tokens 131072] [--also NAME=TEXT] [--windows 160] [--device auto]
+
+Everything has had the same steps on the same text, so that nothing is counted as won that more training alone
+would have brought:
+
+    bf16        the model, trained on without rounding: the reference of all others
+    plain       that one, rounded to nearest by the recipe
+    calibrated  that one, rounded by calibration on the text
+    a case      trained through the rounding, as `blockscale train --recipe ...` does it
+
+All trainings run at once, a process each; seconds are therefore those of a shared device. Each checkpoint is
+verified and read back by `evaluate` with quantized activations, beside bf16 on the same tokens. Of the gap of
+perplexity between bf16 and plain, a case recovers (plain - case) / (plain - bf16). Results, curves included,
+go to benchmarks/results/training.jsonl; `plot_training.py` draws them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockscale import quantize_checkpoint, verify_checkpoint
+from blockscale.calibrate.checkpoint import CalibratedRounder
+from blockscale.calibrate.text import Calibration
+from blockscale.checkpoint.convert import RunOptions
+from blockscale.checkpoint.lanes import usable_device
+from blockscale.checkpoint.recipe import Recipe, read_recipe
+from blockscale.checkpoint.source import open_source
+from blockscale.evaluate.loading import Loading
+from blockscale.evaluate.run import Text, evaluate
+from blockscale.evaluate.text import read_text
+from blockscale.model.text import Tokenizer
+from blockscale.qat import recovered
+from blockscale.testing.bench import append_result, environment
+
+RESULTS = Path(__file__).parent / "results" / "training.jsonl"
+BF16, PLAIN, CALIBRATED = "bf16", "plain", "calibrated"
+CURVE = 200  # points of a curve that are kept
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training: `learned`, `dynamic:lr=2e-4`; bf16 has no rounding."""
+
+    name: str
+
+    def arguments(self, options: argparse.Namespace, out: Path) -> list[str]:
+        """Of `blockscale train`."""
+        scales, _, changed = self.name.partition(":")
+        asked = {
+            "max-steps": options.steps, "batch": options.batch, "context": options.context, "lr": options.lr,
+            "eval-data": options.val, "eval-windows": options.checks, "eval-every": max(1, options.steps // 10),
+            "save-every": options.steps, "device": options.device, "out": out,
+        }  # fmt: skip
+        if self.name == BF16:
+            asked["recipe"] = "none"
+        else:
+            asked |= {
+                "recipe": options.recipe,
+                "scales": scales,
+                "masters": out.with_name(out.name + "-masters"),
+            }
+            asked |= dict(pair.split("=") for pair in changed.split(",") if pair)
+        flags = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
+        return [options.model.partition("=")[2], str(options.data), *flags, "--json"]
+
+
+def train_all(cases: Sequence[Case], options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """What `blockscale train --json` said of every case; all of them run at once."""
+    running = {
+        case.name: subprocess.Popen(
+            [sys.executable, "-m", "blockscale", "train", *case.arguments(options, place(folder, case.name))],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for case in cases
+    }
+    told = {}
+    for name, process in running.items():
+        output, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"error: training of {name} ended with {process.returncode}")
+        told[name] = json.loads(output)
+        print(f"{name}: trained in {told[name]['seconds']:.0f} s", flush=True)
+    return told
+
+
+def place(folder: Path, name: str) -> Path:
+    """Where a checkpoint of this name lies."""
+    return folder / name.replace(":", "-").replace("=", "-").replace(",", "-")
+
+
+def round_afterwards(folder: Path, recipe: Recipe, options: argparse.Namespace) -> Iterator[str]:
+    """Quantize what was trained without rounding, plainly and calibrated."""
+    source = place(folder, BF16)
+    rounders: dict[str, Any] = {PLAIN: None}
+    if options.calibrate:
+        text = Calibration(
+            (read_text(options.calibrate),), Tokenizer(str(source)).encode, options.calibration_tokens
+        )
+        rounders[CALIBRATED] = CalibratedRounder(open_source(str(source)), text, options.device)
+    for name, rounder in rounders.items():
+        run = RunOptions(device=options.device)
+        quantize_checkpoint(source, place(folder, name), recipe, run=run, rounder=rounder)
+        yield name
+
+
+def check(folder: Path, name: str, *, trained: bool) -> float:
+    """The relative error of a checkpoint's weights; fails if it does not verify."""
+    out = place(folder, name)
+    against = out.with_name(out.name + "-masters") if trained else place(folder, BF16)
+    found = verify_checkpoint(out, against)
+    if not found.ok:
+        raise SystemExit(f"error: {out} does not verify: {found.problems[:1]}")
+    return float(found.relative_error or 0.0)
+
+
+def score(folder: Path, name: str, text: Text, device: str) -> dict[str, Any]:
+    """Perplexity beside the one without rounding, paired."""
+    loading = Loading(device=device, dtype=torch.float32)
+    scores = evaluate(
+        str(place(folder, name)), text, reference=str(place(folder, BF16)), loading=loading
+    ).scores
+    assert scores is not None
+    return asdict(scores)
+
+
+def thinned(values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some of the steps, evenly."""
+    every = max(1, len(values) // CURVE)
+    return [{key: each[key] for key in ("step", "loss")} for each in values[::every]]
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
+    """Train, round, read back, record."""
+    model = options.model.partition("=")[0]
+    cases = [Case(name) for name in (BF16, *options.cases)]
+    told = train_all(cases, options, folder)
+    done = [*options.cases, *round_afterwards(folder, read_recipe(options.recipe), options)]
+    texts = {"val": options.val, **dict(each.split("=", 1) for each in options.also)}
+    figures: dict[str, dict[str, Any]] = {}
+    for name in done:
+        error = check(folder, name, trained=name in options.cases)
+        found = {
+            label: score(
+                folder, name, Text(data, context=options.context, limit=options.windows), options.device
+            )
+            for label, data in texts.items()
+        }
+        figures[name] = {"relative_error": error, "texts": found}
+        say(name, found)
+    for name in (BF16, *done):
+        record = {
+            "benchmark": "training", "model": model, "case": name, "recipe": Path(options.recipe).stem,
+            "steps": options.steps, "batch": options.batch, "context": options.context, "lr": options.lr,
+            "data": Path(options.data).name, "windows": options.windows,
+            "training": name in told and curve(told[name]),
+            "figures": figures.get(name), "recovered": share(figures, name), **environment(),
+        }  # fmt: skip
+        append_result(options.results, record)
+
+
+def share(figures: dict[str, dict[str, Any]], name: str) -> dict[str, float] | None:
+    """Text -> share of the gap to plain rounding that a case closes."""
+    if name in (BF16, PLAIN):
+        return None
+    return {
+        label: recovered(
+            found["against"]["perplexity"]["value"],
+            figures[PLAIN]["texts"][label]["perplexity"]["value"],
+            found["perplexity"]["value"],
+        )
+        for label, found in figures[name]["texts"].items()
+    }
+
+
+def curve(told: dict[str, Any]) -> dict[str, Any]:
+    """Of what a training said, what is recorded."""
+    return {
+        "options": {key: told["training"][key] for key in ("lr", "scale_lr", "qat", "distill", "initial")},
+        "seconds": told["seconds"],
+        "steps": thinned(told["steps"]),
+        "checks": told["checks"],
+        "reference": told["reference"],
+    }
+
+
+def say(name: str, found: dict[str, Any]) -> None:
+    """A line for each text."""
+    for label, each in found.items():
+        ratio = each["against"]["ratio"]
+        print(
+            f"{name} on {label}: perplexity {each['perplexity']['value']:.3f}, bf16 "
+            f"{each['against']['perplexity']['value']:.3f}, ratio {ratio['value']:.4f} "
+            f"({ratio['low']:.4f} to {ratio['high']:.4f})",
+            flush=True,
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--data", required=True, help="text to train on")
+    parser.add_argument("--val", required=True, help="text to measure on")
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=TEXT", help="more texts to measure on")
+    parser.add_argument("--recipe", default="w4a8")
+    parser.add_argument(
+        "--cases", nargs="+", default=["dynamic", "learned"], metavar="SCALES[:OPTION=VALUE,...]"
+    )
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--checks", type=int, default=40, help="windows for the curve of perplexity")
+    parser.add_argument("--windows", type=int, default=160, help="windows for the figures")
+    parser.add_argument("--calibrate", help="text for calibrated rounding")
+    parser.add_argument("--calibration-tokens", type=int, default=131072)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--keep", type=Path, help="folder for the checkpoints; by default they go")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    options.device = usable_device(options.device)
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        run(options, options.keep)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        run(options, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
