@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import pydantic
 
@@ -66,6 +66,16 @@ class Recipe:
         object.__setattr__(self, "precision", parse_precision(self.precision))
         if self.layout not in LAYOUTS:
             raise BlockscaleError("unknown layout", expected=" | ".join(LAYOUTS), got=repr(self.layout))
+
+    def spelled(self) -> dict[str, Any]:
+        """All of it, in values that JSON has."""
+        named = {
+            **vars(self),
+            "block_size": str(self.block_size),
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+        }
+        return {**named, "precision": self.precision.spelled()}
 
     @property
     def fmt(self) -> BlockFP8:

@@ -53,8 +53,8 @@ def command(
     recipe: Annotated[
         str,
         typer.Option(
-            help="As of quantize: fp8, w4a8, mxfp4a8, budget:SIZE or a JSON file. none trains the model as it "
-            "is, to compare with."
+            help="As of quantize: fp8, w4a8, mxfp4a8, budget:SIZE or a JSON file. none trains the model as it"
+            " is, to compare with."
         ),
     ],
     out: Annotated[

@@ -74,12 +74,7 @@ class Loading:
 
     def spelled(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
-        recipe = self.recipe and {
-            **vars(self.recipe),
-            "block_size": str(self.recipe.block_size),
-            "precision": self.recipe.precision.spelled(),
-        }
-        return {**vars(self), "dtype": str(self.dtype), "recipe": recipe}
+        return {**vars(self), "dtype": str(self.dtype), "recipe": self.recipe and self.recipe.spelled()}
 
 
 def is_quantized(source: Source) -> bool:

@@ -123,6 +123,20 @@ def export_unquantized(
         folder.rename(dst)
 
 
+@torch.no_grad()
+def round_kept(model: Any, dtype: torch.dtype) -> None:
+    """Give all that is not trained through its rounding the values that an export in this dtype has.
+
+    What is measured afterwards is what the checkpoint does.
+    """
+    wide = tuple(model._get_dtype_plan(dtype))
+    trained = {f"{path}.{name}" for path, layer in fake_quant_layers(model) for name in layer.trained}
+    own = {make(name) for name in trained for make in (start_scale_name, scale_shift_name)} | trained
+    for name, each in model.named_parameters():
+        if name not in own and not any(pattern in name for pattern in wide):
+            each.copy_(each.to(dtype))
+
+
 def save_masters(
     model: Any, state: Mapping[str, torch.Tensor], trained: set[str], folder: Path, dtype: torch.dtype | None
 ) -> None:

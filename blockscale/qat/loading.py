@@ -54,6 +54,22 @@ def load_teacher(training: Training, ranks: Ranks) -> nn.Module:
     return checked
 
 
+def check_context(model: Any, training: Training) -> None:
+    """Refuse sequences that are longer than the model was made for.
+
+    Raises:
+        BlockscaleError: as said.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and training.context > most:
+        raise BlockscaleError(
+            "longer than the model's context",
+            where="context",
+            expected=f"at most {most}",
+            got=training.context,
+        )
+
+
 def freeze(model: nn.Module, training: Training) -> None:
     """Parameters that do not train: routers unless they are to, and what the user names.
 

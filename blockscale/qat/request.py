@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +67,13 @@ class Training:
 
     def spelled(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
-        recipe = self.recipe and {
-            **asdict(self.recipe),
-            "block_size": str(self.recipe.block_size),
-            "precision": self.recipe.precision.spelled(),
+        return {
+            **vars(self),
+            "data": str(self.data),
+            "recipe": self.recipe and self.recipe.spelled(),
+            "qat": {name: str(value) for name, value in vars(self.qat).items()},
+            "freeze": list(self.freeze),
         }
-        qat = {name: str(value) for name, value in vars(self.qat).items()}
-        values = {**vars(self), "data": str(self.data), "recipe": recipe, "qat": qat}
-        return {name: list(each) if isinstance(each, tuple) else each for name, each in values.items()}
 
 
 @dataclass(frozen=True)

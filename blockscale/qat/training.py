@@ -31,9 +31,9 @@ from blockscale.model.ranks import ONE, Ranks
 from blockscale.model.text import Tokenizer
 from blockscale.qat.arithmetic import Arithmetic, arithmetic_of, first_not_finite, keep_routers_exact
 from blockscale.qat.checking import check, check_windows
-from blockscale.qat.exporting import export, export_unquantized
+from blockscale.qat.exporting import export, export_unquantized, round_kept
 from blockscale.qat.history import Check, History, Step
-from blockscale.qat.loading import freeze, load, load_teacher
+from blockscale.qat.loading import check_context, freeze, load, load_teacher
 from blockscale.qat.losses import divergence, next_token_loss
 from blockscale.qat.optimizer import fill_moments, make_optimizer, rate_at, set_rate, whole_moments
 from blockscale.qat.preparation import prepare
@@ -45,6 +45,7 @@ from blockscale.qat.workplace import check_same, workplace
 
 WORK = ".training"
 _HISTORY = "history.jsonl"
+_EXPORTED = torch.bfloat16  # dtype of what is not quantized
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def _prepare(training: Training, limits: RunLimits, ranks: Ranks, work: Path, sa
     _check_rows(training, limits, ranks)
     checked = check_windows(training, tokenizer)
     model = load(source, torch.float32, ranks)
+    check_context(model, training)
     freeze(model, training)
     if training.qat.compute != torch.float32:
         keep_routers_exact(model)
@@ -145,7 +147,7 @@ def _prepare(training: Training, limits: RunLimits, ranks: Ranks, work: Path, sa
     if training.recipe is not None:
         prepare(model, training.recipe, training.qat, initial=None if saved else training.initial)
     if limits.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     shard(model, ranks)
     optimizer = make_optimizer(model, training.lr, training.scale_lr, training.weight_decay)
     rows = range(ranks.rank, training.batch, ranks.world)
@@ -212,6 +214,8 @@ def _loop(state: _State, work: Path, on_entry: Callable[[Step | Check], None]) -
     while state.done < training.steps:
         note(_step(state, work))
         last = state.done == training.steps
+        if last:
+            round_kept(state.model, _EXPORTED)
         if last or state.done % limits.check_every == 0:
             measure()
         if last or state.done % limits.save_every == 0:
@@ -255,18 +259,30 @@ def _loss(state: _State, ids: torch.Tensor) -> torch.Tensor:
 def _diverged(state: _State, ids: torch.Tensor, work: Path, loss: float) -> BlockscaleError:
     """What to say of a step that would spoil the weights."""
     first = first_not_finite(state.model, ids[:1], state.arithmetic)
+    return _not_finite(f"at step {state.done + 1}: loss {loss:g}", first, work)
+
+
+def _not_finite(when: str, where: str, work: Path) -> BlockscaleError:
     there = newest(work)
     kept = "no save was made before" if there is None else f"{there.folder} is kept"
     return BlockscaleError(
-        f"training is not finite at step {state.done + 1}: loss {loss:g}; {kept}",
-        where=first,
+        f"training is not finite {when}; {kept}",
+        where=where,
         expected="finite numbers",
         remedy="train with a lower --lr",
     )
 
 
 def _save(state: _State, work: Path) -> None:
+    """Save this step.
+
+    Raises:
+        BlockscaleError: an update made weights NaN or Inf, which no later run could repair.
+    """
     model = whole_state(state.model)
+    spoiled = next((name for name, each in model.items() if not bool(each.isfinite().all())), None)
+    if spoiled is not None:
+        raise _not_finite(f"after step {state.done}", spoiled, work)
     moments = whole_moments(state.model, state.optimizer)
     places = _by_row(state.ranks.gather(state.reading.places))
     with state.ranks.together():
@@ -293,7 +309,7 @@ def _export(state: _State, out: Path) -> None:
         run = RunOptions(overwrite=state.limits.overwrite)
         given: dict[str, Any] = {"files": state.training.model, "state_dict": weights}
         if state.training.recipe is None:
-            export_unquantized(state.model, out, dtype=torch.bfloat16, **given)
+            export_unquantized(state.model, out, dtype=_EXPORTED, **given)
         else:
             masters = state.limits.masters
-            export(state.model, out, masters=masters, dtype=torch.bfloat16, run=run, **given)
+            export(state.model, out, masters=masters, dtype=_EXPORTED, run=run, **given)
