@@ -32,23 +32,26 @@ __device__ __forceinline__ float scale_value(float scale) {
 
 // The operand of 64 rows and 128 of K: w[i] are this thread's registers of K = 32 i to 32 i + 31, in order: upper and
 // lower row of the first 16, upper and lower row of the others. A word holds four codes of the first and four of the
-// second 64 of K; its lane of four holds the words lane, lane + 4, lane + 8 and lane + 12.
-__device__ __forceinline__ void unpack(u32 (&w)[4][4], u32 words, u32 scales) {
+// second 64 of K; its lane of four holds the words lane, lane + 4, lane + 8 and lane + 12. Only the upper (0) or the
+// lower (1) rows.
+__device__ __forceinline__ void unpack_rows(u32 (&w)[4][4], u32 words, u32 scales, int lower) {
+  u32 word[4], folded = 0;
+  load_matrices(word, words + lower * 8 * LINE);
+  if constexpr (MXFP4) folded = __float_as_uint(load_shared(scales + lower * 8 * 4));
 #pragma unroll
-  for (int lower = 0; lower < 2; ++lower) {
-    u32 word[4], folded = 0;
-    load_matrices(word, words + lower * 8 * LINE);
-    if constexpr (MXFP4) folded = __float_as_uint(load_shared(scales + lower * 8 * 4));
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      u32 &low = w[j / 2][j % 2 * 2 + lower], &high = w[2 + j / 2][j % 2 * 2 + lower];
-      if constexpr (MXFP4) {
-        low = from_mxfp4(word[j] << 2, word[j] << 4, eights_of(folded, j / 2));
-        high = from_mxfp4(word[j] >> 2, word[j], eights_of(folded, 2 + j / 2));
-      } else {
-        low = from_int4(word[j], word[j] << 4);
-        high = from_int4(word[j] >> 4, word[j]);
-      }
+  for (int j = 0; j < 4; ++j) {
+    u32 &low = w[j / 2][j % 2 * 2 + lower], &high = w[2 + j / 2][j % 2 * 2 + lower];
+    if constexpr (MXFP4) {
+      low = from_mxfp4(word[j] << 2, word[j] << 4, eights_of(folded, j / 2));
+      high = from_mxfp4(word[j] >> 2, word[j], eights_of(folded, 2 + j / 2));
+    } else {
+      low = from_int4(word[j], word[j] << 4);
+      high = from_int4(word[j] >> 4, word[j]);
     }
   }
+}
+
+__device__ __forceinline__ void unpack(u32 (&w)[4][4], u32 words, u32 scales) {
+  unpack_rows(w, words, scales, 0);
+  unpack_rows(w, words, scales, 1);
 }

@@ -1,0 +1,207 @@
+// One warpgroup's stages, with products in flight while others are promoted: the loop over units. Included by
+// w4a8_gemm.cu, whose names it uses.
+//
+// A unit is 64 rows of w by UNIT_M rows of a. Unit u of a stage belongs to wave u / CHUNKS and to the rows of chunk
+// u % CHUNKS; its sums lie in part[u % PARTS], so that PARTS - 1 products are in flight while one is promoted. All units
+// of a wave stand together: its operand is free for the next stage while the other wave is multiplied, and is made
+// then. CHAIN: the first units of the next stage start before the last of this one are promoted.
+// Control flow is straight wherever products are in flight, or the compiler waits for every one of them. Tiles of
+// which chunks do not count take a loop of their own, in which nothing is in flight where paths meet.
+#pragma once
+
+constexpr int UNITS = WAVES * CHUNKS, AHEAD = PARTS - 1;
+static_assert(WAVES == 2 && CHUNKS >= 2 && PARTS >= 2 && AHEAD < CHUNKS, "units");
+static_assert(!CHAIN || UNITS % PARTS == 0, "a unit has the same sums in every stage");
+
+// wgmma_wait of a number that is known once loops are unrolled.
+__device__ __forceinline__ void wait_but(int pending) {
+  if (pending == 0) wgmma_wait<0>();
+  if (pending == 1) wgmma_wait<1>();
+  if (pending == 2) wgmma_wait<2>();
+  if (pending == 3) wgmma_wait<3>();
+}
+
+struct Multiplier {
+  const Problem& problem;
+  const TensorMap* out;
+  const Memory memory;
+  const int warpgroup;
+  const u32 my_words, my_w_scale, my_a_scale;  // bytes from the first of a stage to this thread's
+  Slot slot;                                   // the stage whose operands are made next
+
+  using Sums = float[WAVES][CHUNKS][SUMS];
+
+  __device__ __forceinline__ Multiplier(const Problem& problem, const TensorMap* out, Memory memory, int warpgroup)
+      : problem(problem),
+        out(out),
+        memory(memory),
+        warpgroup(warpgroup),
+        my_words(warpgroup * UNIT_N * LINE + words_of_lane()),
+        my_w_scale((warpgroup * UNIT_N + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4) * 4),
+        my_a_scale(threadIdx.x % 4 * 8) {}
+
+  // The upper (0) or lower (1) rows of the operand of a wave.
+  __device__ __forceinline__ void make(Operand& w, int wave, int stage, int lower) const {
+    unpack_rows(w, memory.words(stage) + my_words + wave * 64 * LINE,
+                memory.w_scale(stage) + my_w_scale + wave * 64 * 4, lower);
+  }
+
+  __device__ __forceinline__ void make(Operand& w, int wave, int stage) const {
+    make(w, wave, stage, 0);
+    make(w, wave, stage, 1);
+  }
+
+  // Scales of the upper and lower row of a wave.
+  __device__ __forceinline__ void load_rows(float (&rows)[2], int stage, int wave) const {
+    const u32 from = memory.w_scale(stage) + my_w_scale + wave * 64 * 4;
+    rows[0] = scale_value(load_shared(from));
+    rows[1] = scale_value(load_shared(from + 8 * 4));
+  }
+
+  // Scales of the rows of a of a chunk.
+  __device__ __forceinline__ void load_columns(float2 (&columns)[UNIT_M / 8], int stage, int chunk) const {
+#pragma unroll
+    for (int j = 0; j < UNIT_M / 8; ++j) {
+      columns[j] = load_shared2(memory.a_scale(stage) + my_a_scale + (chunk * UNIT_M + j * 8) * 4);
+    }
+  }
+
+  // acc += part * w_scale * a_scale of a unit.
+  static __device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&part)[SUMS],
+                                                 const float (&rows)[2], const float2 (&columns)[UNIT_M / 8]) {
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) {
+      acc[i] = fmaf(part[i] * rows[i / 2 % 2], i % 2 ? columns[i / 4].y : columns[i / 4].x, acc[i]);
+    }
+  }
+
+  static __device__ __forceinline__ u64 chunk_of(u64 a, int chunk) { return a + (chunk * UNIT_M * BK >> 4); }
+
+  // Starts the first units of a stage.
+  static __device__ __forceinline__ void lead(float (&part)[PARTS][SUMS], Operand (&w)[WAVES], u64 a) {
+#pragma unroll
+    for (int u = 0; u < AHEAD; ++u) start(part[u], w[0], chunk_of(a, u));
+  }
+
+  // Adds the products of a stage, whose first units are in flight, to acc. w[1] is made for it, w[0] for the next stage,
+  // if there is `another`. The units of the next stage are then in flight, unless this is the LAST of a tile.
+  template <bool LAST>
+  __device__ __forceinline__ void step(Sums& acc, float (&part)[PARTS][SUMS], Operand (&w)[WAVES], int& stage,
+                                       const bool& another) {
+    const u64 a = operand(memory.a(stage));
+    float rows[2];
+    float2 columns[UNIT_M / 8];
+    u64 next_a = 0;
+    slot.advance();
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) {
+      const int ahead = u + AHEAD, wave = u / CHUNKS, chunk = u % CHUNKS;
+      if (ahead < UNITS) {
+        start(part[ahead % PARTS], w[ahead / CHUNKS], chunk_of(a, ahead % CHUNKS));
+      } else if (!LAST) {
+        start(part[ahead % PARTS], w[0], chunk_of(next_a, ahead - UNITS));
+      }
+      __syncwarp();
+      if (chunk == 0) load_rows(rows, stage, wave);
+      load_columns(columns, stage, chunk);
+      prepare(w, stage, u, another);
+      if (u == CHUNKS) next_a = operand(memory.a(slot.stage));
+      wait_but(LAST ? min(UNITS - 1 - u, AHEAD) : AHEAD);
+      pin(part[u % PARTS]);
+      pin(w[wave]);
+      promote(acc[wave][chunk], part[u % PARTS], rows, columns);
+    }
+    release(memory.empty(stage));
+    stage = slot.stage;
+  }
+
+  // What is made of operands beside unit u: in the first wave those of the second, whose last product is done; in the
+  // second those of the next stage.
+  __device__ __forceinline__ void prepare(Operand (&w)[WAVES], int stage, int u, const bool& another) {
+    if (u == 0) make(w[1], 1, stage, 0);
+    if (u == (CHUNKS > 2 ? 1 : 0)) make(w[1], 1, stage, 1);
+    if (u == CHUNKS && another) barrier_wait(memory.full(slot.stage), slot.phase);
+    if (u == CHUNKS) make(w[0], 0, slot.stage, 0);
+    if (u == CHUNKS + (CHUNKS > 2 ? 1 : 0)) make(w[0], 0, slot.stage, 1);
+  }
+
+  // The same for a tile of which `chunks` chunks count, fewer than there are; nothing is in flight before or after.
+  __device__ __forceinline__ void step_few(Sums& acc, float (&part)[PARTS][SUMS], Operand (&w)[WAVES], int& stage,
+                                           int chunks, bool another) {
+    const u64 a = operand(memory.a(stage));
+    slot.advance();
+    make(w[1], 1, stage);
+    float rows[WAVES][2];
+#pragma unroll
+    for (int wave = 0; wave < WAVES; ++wave) load_rows(rows[wave], stage, wave);
+#pragma unroll
+    for (int chunk = 0; chunk + 1 < CHUNKS; ++chunk) {
+      if (chunk < chunks) {
+        float2 columns[UNIT_M / 8];
+        start(part[0], w[0], chunk_of(a, chunk));
+        start(part[1], w[1], chunk_of(a, chunk));
+        load_columns(columns, stage, chunk);
+        wgmma_wait<0>();
+#pragma unroll
+        for (int wave = 0; wave < WAVES; ++wave) {
+          pin(part[wave]);
+          pin(w[wave]);
+          promote(acc[wave][chunk], part[wave], rows[wave], columns);
+        }
+      }
+    }
+    release(memory.empty(stage));
+    stage = slot.stage;
+    if (!another) return;
+    barrier_wait(memory.full(stage), slot.phase);
+    make(w[0], 0, stage);
+  }
+
+  __device__ __forceinline__ void run() {
+    Scheduler scheduler(problem);
+    Tile tile, done;
+    Sums acc;
+    float part[PARTS][SUMS];
+    Operand w[WAVES];
+    int stage = 0;
+    const int last = problem.steps - 1;
+    bool more = scheduler.take(tile), pending = false;
+    if (!more) return;
+    barrier_wait(memory.full(0), 0);
+    make(w[0], 0, 0);
+    const auto turn_over = [&] {
+      if (pending) store_tile(problem, out, done, acc, memory, warpgroup);
+      clear(acc);
+      done = tile;
+      pending = true;
+      more = scheduler.take(tile);
+    };
+    while (more) {
+      const int chunks = chunks_of(problem, tile);
+      if (chunks < CHUNKS) {
+        turn_over();
+        for (int k = 0; k <= last; ++k) step_few(acc, part, w, stage, chunks, k < last || more);
+        continue;
+      }
+      lead(part, w, operand(memory.a(stage)));
+      turn_over();
+      if constexpr (CHAIN) {
+        for (int k = 0; k < last; ++k) step<false>(acc, part, w, stage, true);
+        step<true>(acc, part, w, stage, more);
+      } else {
+        step<true>(acc, part, w, stage, last > 0 || more);
+        for (int k = 1; k <= last; ++k) {
+          lead(part, w, operand(memory.a(stage)));
+          step<true>(acc, part, w, stage, k < last || more);
+        }
+      }
+    }
+    store_tile(problem, out, done, acc, memory, warpgroup);
+    if (threadIdx.x % 128 == 0) store_wait();
+  }
+
+  static __device__ __forceinline__ void clear(Sums& acc) {
+#pragma unroll
+    for (int i = 0; i < WAVES * CHUNKS * SUMS; ++i) acc[i / SUMS / CHUNKS][i / SUMS % CHUNKS][i % SUMS] = 0.0f;
+  }
+};
