@@ -107,14 +107,18 @@ __device__ __forceinline__ void pin(Operand& w) {
   for (int i = 0; i < 4; ++i) pin(w[i]);
 }
 
+// The lower half of an operand in shared memory (common.cuh), which is all that differs from one to another.
+__device__ __forceinline__ u32 operand_start(u32 address) { return 1 << 16 | address >> 4; }
+__device__ __forceinline__ u64 operand_from(u32 start) { return u64(0x40000040) << 32 | start; }
+
 // Starts part = w * a over one step of K, of 64 rows of w and UNIT_M rows of a.
-__device__ __forceinline__ void start(float (&part)[SUMS], Operand& w, u64 a) {
+__device__ __forceinline__ void start(float (&part)[SUMS], Operand& w, u32 a) {
   pin(part);
   pin(w);
   wgmma_fence();
-  wgmma<0>(part, w[0], a);
+  wgmma<0>(part, w[0], operand_from(a));
 #pragma unroll
-  for (int i = 1; i < BK / 32; ++i) wgmma<1>(part, w[i], a + 2 * i);
+  for (int i = 1; i < BK / 32; ++i) wgmma<1>(part, w[i], operand_from(a + 2 * i));
   wgmma_commit();
 }
 

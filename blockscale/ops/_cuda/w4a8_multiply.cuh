@@ -67,7 +67,7 @@ struct Multiplier {
   __device__ __forceinline__ void step(float (&acc)[WAVES][CHUNKS][SUMS], Operand (&w)[WAVES], const bool& both,
                                        Function&& meanwhile) {
     const int stage = slot.stage;
-    const u64 a = operand(memory.a(stage));
+    const u32 a = operand_start(memory.a(stage));
     float part[WAVES][SUMS];
     start(part[0], w[0], a);
     if constexpr (WAVES == 2) {

@@ -2,15 +2,16 @@
 // w4a8_gemm.cu, whose names it uses.
 //
 // A unit is 64 rows of w by UNIT_M rows of a. Unit u of a stage belongs to wave u / CHUNKS and to the rows of chunk
-// u % CHUNKS; its sums lie in part[u % PARTS], so that PARTS - 1 products are in flight while one is promoted. All units
-// of a wave stand together: its operand is free for the next stage while the other wave is multiplied, and is made
-// then. CHAIN: the first units of the next stage start before the last of this one are promoted.
-// Control flow is straight wherever products are in flight, or the compiler waits for every one of them. Tiles of
-// which chunks do not count take a loop of their own, in which nothing is in flight where paths meet.
+// u % CHUNKS; its sums lie in part[u % PARTS]. They are multiplied by w_scale, which frees the registers, unit u + PARTS
+// is started, and only then comes the other half of the promotion: products are always in flight. All units of a wave
+// stand together: its operand is free for the next stage while the other wave is multiplied, and is made then. CHAIN:
+// of every two stages, the first units of the second start before the last of the first are promoted.
+// No two paths meet, and no loop ends, where products are in flight, or the compiler waits for every one of them. So
+// tiles of which chunks do not count take a loop of their own.
 #pragma once
 
-constexpr int UNITS = WAVES * CHUNKS, AHEAD = PARTS - 1;
-static_assert(WAVES == 2 && CHUNKS >= 2 && PARTS >= 2 && AHEAD < CHUNKS, "units");
+constexpr int UNITS = WAVES * CHUNKS;
+static_assert(WAVES == 2 && CHUNKS > PARTS, "units");
 static_assert(!CHAIN || UNITS % PARTS == 0, "a unit has the same sums in every stage");
 
 // wgmma_wait of a number that is known once loops are unrolled.
@@ -66,87 +67,90 @@ struct Multiplier {
     }
   }
 
-  // acc += part * w_scale * a_scale of a unit.
-  static __device__ __forceinline__ void promote(float (&acc)[SUMS], const float (&part)[SUMS],
-                                                 const float (&rows)[2], const float2 (&columns)[UNIT_M / 8]) {
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) {
-      acc[i] = fmaf(part[i] * rows[i / 2 % 2], i % 2 ? columns[i / 4].y : columns[i / 4].x, acc[i]);
-    }
-  }
-
-  static __device__ __forceinline__ u64 chunk_of(u64 a, int chunk) { return a + (chunk * UNIT_M * BK >> 4); }
+  static __device__ __forceinline__ u32 chunk_of(u32 a, int chunk) { return a + (chunk * UNIT_M * BK >> 4); }
 
   // Starts the first units of a stage.
-  static __device__ __forceinline__ void lead(float (&part)[PARTS][SUMS], Operand (&w)[WAVES], u64 a) {
+  static __device__ __forceinline__ void lead(float (&part)[PARTS][SUMS], Operand (&w)[WAVES], u32 a) {
 #pragma unroll
-    for (int u = 0; u < AHEAD; ++u) start(part[u], w[0], chunk_of(a, u));
+    for (int u = 0; u < PARTS; ++u) start(part[u], w[0], chunk_of(a, u));
   }
 
   // Adds the products of a stage, whose first units are in flight, to acc. w[1] is made for it, w[0] for the next stage,
-  // if there is `another`. The units of the next stage are then in flight, unless this is the LAST of a tile.
+  // if there is `another`. Unless this is the LAST before a pause, the first units of that are then in flight.
   template <bool LAST>
   __device__ __forceinline__ void step(Sums& acc, float (&part)[PARTS][SUMS], Operand (&w)[WAVES], int& stage,
                                        const bool& another) {
-    const u64 a = operand(memory.a(stage));
-    float rows[2];
-    float2 columns[UNIT_M / 8];
-    u64 next_a = 0;
+    const u32 a = operand_start(memory.a(stage));
+    float rows[WAVES][2];
+    u32 next_a = 0;
     slot.advance();
+    load_rows(rows[0], stage, 0);
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-      const int ahead = u + AHEAD, wave = u / CHUNKS, chunk = u % CHUNKS;
+      const int ahead = u + PARTS, wave = u / CHUNKS, chunk = u % CHUNKS;
+      float scaled[SUMS];
+      wait_but(LAST ? min(UNITS - 1 - u, PARTS - 1) : PARTS - 1);
+      pin(part[u % PARTS]);
+      pin(w[wave]);
+#pragma unroll
+      for (int i = 0; i < SUMS; ++i) scaled[i] = part[u % PARTS][i] * rows[wave][i / 2 % 2];
+      pin(scaled);
       if (ahead < UNITS) {
         start(part[ahead % PARTS], w[ahead / CHUNKS], chunk_of(a, ahead % CHUNKS));
       } else if (!LAST) {
         start(part[ahead % PARTS], w[0], chunk_of(next_a, ahead - UNITS));
       }
-      __syncwarp();
-      if (chunk == 0) load_rows(rows, stage, wave);
+      __syncwarp();  // to the compiler, the end of what it may mix with starting the products
+      float2 columns[UNIT_M / 8];
       load_columns(columns, stage, chunk);
+      if (u + 1 == CHUNKS) load_rows(rows[1], stage, 1);
       prepare(w, stage, u, another);
-      if (u == CHUNKS) next_a = operand(memory.a(slot.stage));
-      wait_but(LAST ? min(UNITS - 1 - u, AHEAD) : AHEAD);
-      pin(part[u % PARTS]);
-      pin(w[wave]);
-      promote(acc[wave][chunk], part[u % PARTS], rows, columns);
+      if (u == CHUNKS) next_a = operand_start(memory.a(slot.stage));
+      add(acc[wave][chunk], scaled, columns);
     }
     release(memory.empty(stage));
     stage = slot.stage;
   }
 
-  // What is made of operands beside unit u: in the first wave those of the second, whose last product is done; in the
-  // second those of the next stage.
+  // What is made of operands beside unit u: in the first wave those of the second, in the second those of the next stage.
   __device__ __forceinline__ void prepare(Operand (&w)[WAVES], int stage, int u, const bool& another) {
+    constexpr int SECOND = CHUNKS - PARTS > 1;
     if (u == 0) make(w[1], 1, stage, 0);
-    if (u == (CHUNKS > 2 ? 1 : 0)) make(w[1], 1, stage, 1);
+    if (u == SECOND) make(w[1], 1, stage, 1);
     if (u == CHUNKS && another) barrier_wait(memory.full(slot.stage), slot.phase);
     if (u == CHUNKS) make(w[0], 0, slot.stage, 0);
-    if (u == CHUNKS + (CHUNKS > 2 ? 1 : 0)) make(w[0], 0, slot.stage, 1);
+    if (u == CHUNKS + SECOND) make(w[0], 0, slot.stage, 1);
+  }
+
+  static __device__ __forceinline__ void add(float (&acc)[SUMS], const float (&scaled)[SUMS],
+                                             const float2 (&columns)[UNIT_M / 8]) {
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) acc[i] = fmaf(scaled[i], i % 2 ? columns[i / 4].y : columns[i / 4].x, acc[i]);
   }
 
   // The same for a tile of which `chunks` chunks count, fewer than there are; nothing is in flight before or after.
-  __device__ __forceinline__ void step_few(Sums& acc, float (&part)[PARTS][SUMS], Operand (&w)[WAVES], int& stage,
-                                           int chunks, bool another) {
-    const u64 a = operand(memory.a(stage));
+  __device__ __forceinline__ void step_few(Sums& acc, Operand (&w)[WAVES], int& stage, int chunks, bool another) {
+    const u32 a = operand_start(memory.a(stage));
     slot.advance();
     make(w[1], 1, stage);
-    float rows[WAVES][2];
+    float rows[WAVES][2], few[WAVES][SUMS];
 #pragma unroll
     for (int wave = 0; wave < WAVES; ++wave) load_rows(rows[wave], stage, wave);
 #pragma unroll
     for (int chunk = 0; chunk + 1 < CHUNKS; ++chunk) {
       if (chunk < chunks) {
         float2 columns[UNIT_M / 8];
-        start(part[0], w[0], chunk_of(a, chunk));
-        start(part[1], w[1], chunk_of(a, chunk));
+        start(few[0], w[0], chunk_of(a, chunk));
+        start(few[1], w[1], chunk_of(a, chunk));
         load_columns(columns, stage, chunk);
         wgmma_wait<0>();
 #pragma unroll
         for (int wave = 0; wave < WAVES; ++wave) {
-          pin(part[wave]);
+          pin(few[wave]);
           pin(w[wave]);
-          promote(acc[wave][chunk], part[wave], rows[wave], columns);
+#pragma unroll
+          for (int i = 0; i < SUMS; ++i) few[wave][i] *= rows[wave][i / 2 % 2];
+          add(acc[wave][chunk], few[wave], columns);
         }
       }
     }
@@ -180,18 +184,27 @@ struct Multiplier {
       const int chunks = chunks_of(problem, tile);
       if (chunks < CHUNKS) {
         turn_over();
-        for (int k = 0; k <= last; ++k) step_few(acc, part, w, stage, chunks, k < last || more);
+        for (int k = 0; k <= last; ++k) step_few(acc, w, stage, chunks, k < last || more);
         continue;
       }
-      lead(part, w, operand(memory.a(stage)));
-      turn_over();
       if constexpr (CHAIN) {
-        for (int k = 0; k < last; ++k) step<false>(acc, part, w, stage, true);
-        step<true>(acc, part, w, stage, more);
+        turn_over();
+        int k = 0;
+        if (problem.steps % 2 != 0) {
+          lead(part, w, operand_start(memory.a(stage)));
+          step<true>(acc, part, w, stage, k++ < last || more);
+        }
+        for (; k < last; k += 2) {
+          lead(part, w, operand_start(memory.a(stage)));
+          step<false>(acc, part, w, stage, true);
+          step<true>(acc, part, w, stage, k + 1 < last || more);
+        }
       } else {
+        lead(part, w, operand_start(memory.a(stage)));
+        turn_over();
         step<true>(acc, part, w, stage, last > 0 || more);
         for (int k = 1; k <= last; ++k) {
-          lead(part, w, operand(memory.a(stage)));
+          lead(part, w, operand_start(memory.a(stage)));
           step<true>(acc, part, w, stage, k < last || more);
         }
       }
