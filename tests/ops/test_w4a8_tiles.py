@@ -70,14 +70,15 @@ def _loaded(memory, warp, lower):
     return found
 
 
-def _from_int4(magnitudes, signs):
-    return (magnitudes & 0x07) | (signs & 0x80)
+def _turned(words):
+    """`turned` of words given as bytes (..., 4): every half byte moves down by one."""
+    return words >> 4 | words.roll(-1, -1) << 4 & 0xFF
 
 
-def _from_mxfp4(magnitudes, signs, eights):
-    bits = magnitudes & 0x1C
+def _from_mxfp4(byte, eights):
+    bits = byte << 2 & 0x1C
     other = ((bits ^ 0x04) + 0x7C) & 0x80
-    return torch.where(other != 0, bits + eights, 0) & 0xFF | (signs & 0x80)
+    return torch.where(other != 0, bits + eights, 0) & 0xFF | (byte & 0x80)
 
 
 @pytest.mark.parametrize("kind", ["int4", "mxfp4"])
@@ -94,13 +95,12 @@ def test_what_lanes_unpack_is_the_operand_of_the_tensor_cores(kind):
                 row = warp * 16 + lane // 4 + 8 * lower
                 for j in range(4):
                     for high in range(2):
-                        byte, block = words[lane, j], 2 * high + j // 2
+                        byte, block = (_turned(words) if high else words)[lane, j], 2 * high + j // 2
                         k = 32 * block + 16 * (j % 2) + 4 * (lane % 4)
                         if kind == "int4":
-                            found = _from_int4(byte >> 4, byte) if high else _from_int4(byte, byte << 4)
+                            found = byte & 0x87
                         else:
-                            moved = (byte >> 2, byte) if high else (byte << 2, byte << 4)
-                            found = _from_mxfp4(*moved, 8 * exponents[row, block])
+                            found = _from_mxfp4(byte, 8 * exponents[row, block])
                         codes[row, k : k + 4] = found.to(torch.uint8)
     scale = torch.ones(1, 64)
     if kind == "mxfp4":

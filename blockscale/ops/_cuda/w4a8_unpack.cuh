@@ -9,16 +9,18 @@ __device__ __forceinline__ u32 words_of_lane() {
   return (threadIdx.x % 128 / 32 * 16 + row) * LINE + ((lane / 8 ^ row / 2) << 4);
 }
 
-// Four INT4 codes: magnitudes at bits 0 to 2, signs at bit 7 of every byte.
-__device__ __forceinline__ u32 from_int4(u32 magnitudes, u32 signs) {
-  return (magnitudes & 0x07070707) | (signs & 0x80808080);
-}
+// The word with the codes of the high half bytes in the low ones: either has magnitudes at bits 0 to 2 and signs at bit
+// 7 of every byte.
+__device__ __forceinline__ u32 turned(u32 word) { return word >> 4 | word << 28; }
 
-// Four E2M1 codes: magnitudes (4 for zero) at bits 2 to 4, signs at bit 7; eights are added to the exponents of all.
-__device__ __forceinline__ u32 from_mxfp4(u32 magnitudes, u32 signs, u32 eights) {
-  const u32 bits = magnitudes & 0x1C1C1C1C;
+// Four INT4 codes.
+__device__ __forceinline__ u32 from_int4(u32 word) { return word & 0x87878787; }
+
+// Four E2M1 codes (1 for zero); eights are added to the exponents of all.
+__device__ __forceinline__ u32 from_mxfp4(u32 word, u32 eights) {
+  const u32 bits = word << 2 & 0x1C1C1C1C;
   const u32 other = ((bits ^ 0x04040404) + 0x7C7C7C7C) & 0x80808080;  // bit 7 of bytes that are not zero
-  return ((bits + eights) & (other - (other >> 7))) | (signs & 0x80808080);
+  return ((bits + eights) & (other - (other >> 7))) | (word & 0x80808080);
 }
 
 // Block number `block` of 32 of a row: what to add to its exponents, times 8 in every byte.
@@ -42,11 +44,11 @@ __device__ __forceinline__ void unpack_rows(u32 (&w)[4][4], u32 words, u32 scale
   for (int j = 0; j < 4; ++j) {
     u32 &low = w[j / 2][j % 2 * 2 + lower], &high = w[2 + j / 2][j % 2 * 2 + lower];
     if constexpr (MXFP4) {
-      low = from_mxfp4(word[j] << 2, word[j] << 4, eights_of(folded, j / 2));
-      high = from_mxfp4(word[j] >> 2, word[j], eights_of(folded, 2 + j / 2));
+      low = from_mxfp4(word[j], eights_of(folded, j / 2));
+      high = from_mxfp4(turned(word[j]), eights_of(folded, 2 + j / 2));
     } else {
-      low = from_int4(word[j], word[j] << 4);
-      high = from_int4(word[j] >> 4, word[j]);
+      low = from_int4(word[j]);
+      high = from_int4(turned(word[j]));
     }
   }
 }
