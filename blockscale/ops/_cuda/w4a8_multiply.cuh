@@ -1,6 +1,12 @@
 // One warpgroup's stages, with its products waited for before they are promoted: the plain loop. Included by
 // w4a8_gemm.cu, whose names it uses.
+//
+// Left to themselves the two warpgroups keep the step they started in: where tensor cores serve both alike, both wait
+// for products at the same time and both promote at the same time. TURNS = 1: one starts products only when the other's
+// are half done. TURNS = 2: the second merely starts later, by the time of the first one's products.
 #pragma once
+
+static_assert(TURNS == 0 || WGS == 2, "turns are between two");
 
 // What a warpgroup does with the stages of all its tiles.
 struct Multiplier {
@@ -69,10 +75,19 @@ struct Multiplier {
     const int stage = slot.stage;
     const u32 a = operand_start(memory.a(stage));
     float part[WAVES][SUMS];
-    start(part[0], w[0], a);
-    if constexpr (WAVES == 2) {
-      make(w[1], 1);
-      start(part[1], w[1], a);
+    if constexpr (TURNS == 1) {
+      if constexpr (WAVES == 2) make(w[1], 1);
+      take_turn();
+#pragma unroll
+      for (int wave = 0; wave < WAVES; ++wave) start(part[wave], w[wave], a);
+      wgmma_wait<WAVES - 1>();
+      pass_turn();
+    } else {
+      start(part[0], w[0], a);
+      if constexpr (WAVES == 2) {
+        make(w[1], 1);
+        start(part[1], w[1], a);
+      }
     }
     const bool another = meanwhile();
     finish(part, w);
@@ -80,9 +95,11 @@ struct Multiplier {
 
     slot.advance();
     if (both) {
+      take_turn();
 #pragma unroll
       for (int wave = 0; wave < WAVES; ++wave) start(part[wave], w[wave], a + (UNIT_M * BK >> 4));
       wgmma_wait<WAVES - 1>();
+      pass_turn();
       pin(w[0]);
       if (another) begin(w[0]);
       finish(part, w);
@@ -91,6 +108,14 @@ struct Multiplier {
       begin(w[0]);
     }
     release(memory.empty(stage));
+  }
+
+  __device__ __forceinline__ void take_turn() const {
+    if constexpr (TURNS == 1) named_sync(1 + WGS + warpgroup, MATH_THREADS);
+  }
+
+  __device__ __forceinline__ void pass_turn() const {
+    if constexpr (TURNS == 1) named_arrive(2 + WGS - warpgroup, MATH_THREADS);
   }
 
   // Waits for the products of all waves.
@@ -111,6 +136,8 @@ struct Multiplier {
     const int last = problem.steps - 1;
     bool more = scheduler.take(tile), pending = false, both = true;
     if (more) begin(w[0]);
+    if (TURNS == 1 && warpgroup == 1) pass_turn();
+    if (TURNS == 2 && warpgroup == 1) pause(64 * WAVES * UNIT_M / 32);
     while (more) {
       step(acc, w, both, [&] {
         if (pending) store_tile(problem, out, done, acc, memory, warpgroup);
@@ -123,6 +150,7 @@ struct Multiplier {
       });
       for (int k = 1; k <= last; ++k) step(acc, w, both, [&] { return k < last || more; });
     }
+    if (TURNS == 1 && warpgroup == 0) take_turn();
     if (!pending) return;
     store_tile(problem, out, done, acc, memory, warpgroup);
     if (threadIdx.x % 128 == 0) store_wait();
