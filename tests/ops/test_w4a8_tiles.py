@@ -10,11 +10,18 @@ H100 = 132
 SHARED_BYTES = 233472  # of a multiprocessor, 1024 of which each block loses to the system
 REGISTERS = 65536
 OFFERED = (*_DENSE, W4Tile(rows=64), W4Tile(cluster=2))
+TIMED = (  # beside them
+    W4Tile(warpgroups=3, waves=1),
+    W4Tile(rows=32, warpgroups=1, waves=1),
+    W4Tile(cluster=2, turns=1),
+    W4Tile(cluster=2, unit=32),
+    W4Tile(rows=64, unit=32, parts=1),
+)
 SHAPES = ((4096, 7168), (7168, 2048))
 
 
 @pytest.mark.parametrize("out_float32", [False, True])
-@pytest.mark.parametrize("tile", [*OFFERED, W4Tile(warpgroups=3, waves=1)], ids=repr)
+@pytest.mark.parametrize("tile", [*OFFERED, *TIMED], ids=repr)
 def test_every_tile_on_offer_fits(tile, out_float32):
     assert tile.shared_bytes(out_float32) + 1024 <= SHARED_BYTES
     assert tile.stages(out_float32) >= 3, "fewer leave the tensor cores waiting for memory"

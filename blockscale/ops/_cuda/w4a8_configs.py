@@ -34,7 +34,6 @@ class W4Tile:
         unit: rows of a in a product, 32 or 64, of which some are in flight while others are promoted
             (`w4a8_units.cuh`); 0 for halves of the tile, waited for before they are promoted.
         parts: with units, partial sums of a warpgroup.
-        chain: with units, whether products of a step start before all of the last one are promoted.
         turns: without units, 1 if the warpgroups take turns, 2 if one merely starts later.
     """
 
@@ -46,7 +45,6 @@ class W4Tile:
     band: int = 8
     unit: int = 0
     parts: int = 2
-    chain: bool = False
     turns: int = 0
 
     @property
@@ -102,7 +100,7 @@ class W4Tile:
             "BM": self.rows, "WGS": self.warpgroups, "WAVES": self.waves, "STAGES": self.stages(out_float32),
             "CLUSTER": self.cluster, "OCCUPANCY": self.occupancy, "GROUP": self.band,
             "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32, "MXFP4": mxfp4,
-            "UNIT": self.unit, "PARTS": self.parts, "CHAIN": self.chain, "TURNS": self.turns,
+            "UNIT": self.unit, "PARTS": self.parts, "TURNS": self.turns,
             "MATH_REGISTERS": math_registers, "FEED_REGISTERS": feed_registers,
         }  # fmt: skip
         headers = {

@@ -4,15 +4,13 @@
 // A unit is 64 rows of w by UNIT_M rows of a. Unit u of a stage belongs to wave u / CHUNKS and to the rows of chunk
 // u % CHUNKS; its sums lie in part[u % PARTS]. They are multiplied by w_scale, which frees the registers, unit u + PARTS
 // is started, and only then comes the other half of the promotion: products are always in flight. All units of a wave
-// stand together: its operand is free for the next stage while the other wave is multiplied, and is made then. CHAIN:
-// of every two stages, the first units of the second start before the last of the first are promoted.
+// stand together: its operand is free for the next stage while the other wave is multiplied, and is made then.
 // No two paths meet, and no loop ends, where products are in flight, or the compiler waits for every one of them. So
 // tiles of which chunks do not count take a loop of their own.
 #pragma once
 
 constexpr int UNITS = WAVES * CHUNKS;
 static_assert(WAVES == 2 && CHUNKS > PARTS, "units");
-static_assert(!CHAIN || UNITS % PARTS == 0, "a unit has the same sums in every stage");
 
 // wgmma_wait of a number that is known once loops are unrolled.
 __device__ __forceinline__ void wait_but(int pending) {
@@ -76,36 +74,29 @@ struct Multiplier {
   }
 
   // Adds the products of a stage, whose first units are in flight, to acc. w[1] is made for it, w[0] for the next stage,
-  // if there is `another`. Unless this is the LAST before a pause, the first units of that are then in flight.
-  template <bool LAST>
+  // if there is `another`.
   __device__ __forceinline__ void step(Sums& acc, float (&part)[PARTS][SUMS], Operand (&w)[WAVES], int& stage,
                                        const bool& another) {
     const u32 a = operand_start(memory.a(stage));
     float rows[WAVES][2];
-    u32 next_a = 0;
     slot.advance();
     load_rows(rows[0], stage, 0);
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
       const int ahead = u + PARTS, wave = u / CHUNKS, chunk = u % CHUNKS;
       float scaled[SUMS];
-      wait_but(LAST ? min(UNITS - 1 - u, PARTS - 1) : PARTS - 1);
+      wait_but(min(UNITS - 1 - u, PARTS - 1));
       pin(part[u % PARTS]);
       pin(w[wave]);
 #pragma unroll
       for (int i = 0; i < SUMS; ++i) scaled[i] = part[u % PARTS][i] * rows[wave][i / 2 % 2];
       pin(scaled);
-      if (ahead < UNITS) {
-        start(part[ahead % PARTS], w[ahead / CHUNKS], chunk_of(a, ahead % CHUNKS));
-      } else if (!LAST) {
-        start(part[ahead % PARTS], w[0], chunk_of(next_a, ahead - UNITS));
-      }
+      if (ahead < UNITS) start(part[ahead % PARTS], w[ahead / CHUNKS], chunk_of(a, ahead % CHUNKS));
       __syncwarp();  // to the compiler, the end of what it may mix with starting the products
       float2 columns[UNIT_M / 8];
       load_columns(columns, stage, chunk);
       if (u + 1 == CHUNKS) load_rows(rows[1], stage, 1);
       prepare(w, stage, u, another);
-      if (u == CHUNKS) next_a = operand_start(memory.a(slot.stage));
       add(acc[wave][chunk], scaled, columns);
     }
     release(memory.empty(stage));
@@ -187,26 +178,12 @@ struct Multiplier {
         for (int k = 0; k <= last; ++k) step_few(acc, w, stage, chunks, k < last || more);
         continue;
       }
-      if constexpr (CHAIN) {
-        turn_over();
-        int k = 0;
-        if (problem.steps % 2 != 0) {
-          lead(part, w, operand_start(memory.a(stage)));
-          step<true>(acc, part, w, stage, k++ < last || more);
-        }
-        for (; k < last; k += 2) {
-          lead(part, w, operand_start(memory.a(stage)));
-          step<false>(acc, part, w, stage, true);
-          step<true>(acc, part, w, stage, k + 1 < last || more);
-        }
-      } else {
+      lead(part, w, operand_start(memory.a(stage)));
+      turn_over();
+      step(acc, part, w, stage, last > 0 || more);
+      for (int k = 1; k <= last; ++k) {
         lead(part, w, operand_start(memory.a(stage)));
-        turn_over();
-        step<true>(acc, part, w, stage, last > 0 || more);
-        for (int k = 1; k <= last; ++k) {
-          lead(part, w, operand_start(memory.a(stage)));
-          step<true>(acc, part, w, stage, k < last || more);
-        }
+        step(acc, part, w, stage, k < last || more);
       }
     }
     store_tile(problem, out, done, acc, memory, warpgroup);
