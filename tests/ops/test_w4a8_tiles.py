@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from blockscale.ops._cuda.w4a8_configs import _DENSE, W4Tile, choose
+from blockscale.ops._cuda.w4a8_configs import _DENSE, _GROUPED, W4Tile, choose
 from blockscale.reference.w4 import W4Weight, dequantize_w4
 
 H100 = 132
 SHARED_BYTES = 233472  # of a multiprocessor, 1024 of which each block loses to the system
 REGISTERS = 65536
-OFFERED = (*_DENSE, W4Tile(rows=64), W4Tile(cluster=2))
+OFFERED = (*_DENSE, W4Tile(rows=64), _GROUPED)
 TIMED = (  # beside them
     W4Tile(warpgroups=3, waves=1),
     W4Tile(rows=32, warpgroups=1, waves=1),

@@ -110,6 +110,8 @@ class W4Tile:
         return "w4a8_gemm.cu", headers
 
 
+# For grouped products of many rows.
+_GROUPED = W4Tile(cluster=2)
 # For dense products, the smallest tile first.
 _DENSE = (
     W4Tile(rows=64, warpgroups=1, waves=1),
@@ -128,9 +130,9 @@ def choose(kind: Kind, sizes: tuple[int, int, int], experts: int, processors: in
     """
     m, n, _ = sizes
     if kind == "masked":
-        return W4Tile(rows=64) if m <= 64 else W4Tile(cluster=2)
+        return W4Tile(rows=64) if m <= 64 else _GROUPED
     if kind == "contiguous":
-        return W4Tile(cluster=2)
+        return _GROUPED
     for tile in _DENSE:
         rows, columns = tile.super_tile
         if math.ceil(m / rows) * math.ceil(n / columns) <= processors:

@@ -16,11 +16,18 @@ __device__ __forceinline__ u32 turned(u32 word) { return word >> 4 | word << 28;
 // Four INT4 codes.
 __device__ __forceinline__ u32 from_int4(u32 word) { return word & 0x87878787; }
 
+// Bit 7 of every byte at all bits of it.
+__device__ __forceinline__ u32 spread(u32 word) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, 0, 0xBA98;" : "=r"(bytes) : "r"(word));
+  return bytes;
+}
+
 // Four E2M1 codes (1 for zero); eights are added to the exponents of all.
 __device__ __forceinline__ u32 from_mxfp4(u32 word, u32 eights) {
   const u32 bits = word << 2 & 0x1C1C1C1C;
-  const u32 other = ((bits ^ 0x04040404) + 0x7C7C7C7C) & 0x80808080;  // bit 7 of bytes that are not zero
-  return ((bits + eights) & (other - (other >> 7))) | (word & 0x80808080);
+  const u32 other = spread((bits ^ 0x04040404) + 0x7C7C7C7C);  // bit 7 was set where a code is not zero
+  return ((bits + eights) & other) | (word & 0x80808080);
 }
 
 // Block number `block` of 32 of a row: what to add to its exponents, times 8 in every byte.
