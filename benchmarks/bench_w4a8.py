@@ -88,6 +88,7 @@ CUDA_VARIANTS = (
     W4Tile(cluster=2, turns=2),
     # Products in flight while others are promoted, and chunks of which no row counts left out.
     W4Tile(cluster=2, unit=32),
+    W4Tile(cluster=2, unit=32, turns=2),
     W4Tile(unit=32),
     W4Tile(cluster=2, unit=32, parts=1),
     W4Tile(cluster=2, unit=32, parts=3),

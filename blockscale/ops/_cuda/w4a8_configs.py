@@ -34,7 +34,7 @@ class W4Tile:
         unit: rows of a in a product, 32 or 64, of which some are in flight while others are promoted
             (`w4a8_units.cuh`); 0 for halves of the tile, waited for before they are promoted.
         parts: with units, partial sums of a warpgroup.
-        turns: without units, 1 if the warpgroups take turns, 2 if one merely starts later.
+        turns: 1 if the warpgroups take turns (without units only), 2 if one merely starts later.
     """
 
     rows: int = 128

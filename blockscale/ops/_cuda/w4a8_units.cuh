@@ -10,7 +10,7 @@
 #pragma once
 
 constexpr int UNITS = WAVES * CHUNKS;
-static_assert(WAVES == 2 && CHUNKS > PARTS, "units");
+static_assert(WAVES == 2 && CHUNKS > PARTS && TURNS != 1, "units");
 
 // wgmma_wait of a number that is known once loops are unrolled.
 __device__ __forceinline__ void wait_but(int pending) {
@@ -123,15 +123,15 @@ struct Multiplier {
   __device__ __forceinline__ void step_few(Sums& acc, Operand (&w)[WAVES], int& stage, int chunks, bool another) {
     const u32 a = operand_start(memory.a(stage));
     slot.advance();
-    make(w[1], 1, stage);
     float rows[WAVES][2], few[WAVES][SUMS];
 #pragma unroll
     for (int wave = 0; wave < WAVES; ++wave) load_rows(rows[wave], stage, wave);
 #pragma unroll
     for (int chunk = 0; chunk + 1 < CHUNKS; ++chunk) {
-      if (chunk < chunks) {
+      if (chunk == 0 || chunk < chunks) {
         float2 columns[UNIT_M / 8];
         start(few[0], w[0], chunk_of(a, chunk));
+        if (chunk == 0) make(w[1], 1, stage);
         start(few[1], w[1], chunk_of(a, chunk));
         load_columns(columns, stage, chunk);
         wgmma_wait<0>();
@@ -164,6 +164,7 @@ struct Multiplier {
     if (!more) return;
     barrier_wait(memory.full(0), 0);
     make(w[0], 0, 0);
+    if (TURNS == 2 && warpgroup == 1) pause(BM * BN / 64);  // half a step
     const auto turn_over = [&] {
       if (pending) store_tile(problem, out, done, acc, memory, warpgroup);
       clear(acc);

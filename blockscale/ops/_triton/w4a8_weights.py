@@ -3,9 +3,9 @@
     total[n, m] = sum_g a_scale[m, g] * w_scale[n, g] * (sum_{k in g} w[n, k] * a[m, k])
 
 Weights are the left operand, which tensor cores take from registers: words come through shared memory as they
-are stored, `ldmatrix` hands every thread those of its rows, and what three instructions make of a word *is* two
-registers of the operand (`reference/w4.py` tells why). No unpacked weight is ever written anywhere. Scales
-take the same pipeline of asynchronous copies, which `tl.range` with a number of stages asks for.
+are stored, `ldmatrix` hands every thread those of its rows, and what three instructions make of a word *is*
+two registers of the operand (`reference/w4.py` tells why). No unpacked weight is ever written anywhere.
+Scales take the same pipeline of asynchronous copies, which `tl.range` with a number of stages asks for.
 """
 
 from __future__ import annotations
