@@ -13,8 +13,8 @@ __device__ __forceinline__ u32 chunk_at(u32 box, int row, int chunk) {
 __device__ __forceinline__ float plus(float sum, float bias) { return BIAS != 0 ? sum + bias : sum; }
 
 // A wave, 64 columns of out from n0 on, to shared memory.
-__device__ __forceinline__ void stage_wave(const float (&acc)[CHUNKS][SUMS], const Problem& problem, int n0, int columns,
-                                           u32 staged) {
+__device__ __forceinline__ void stage_wave(const float (&acc)[CHUNKS][SUMS], const Problem& problem, int n0,
+                                           int columns, u32 staged) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   const int column = warp * 16 + lane / 4;  // of upper sums; lower ones belong to the eighth after it
   const float upper = BIAS != 0 && column < columns ? bias_at(problem.bias, n0 + column) : 0.0f;

@@ -10,8 +10,8 @@
 // the long side of the tensor cores' instruction, which takes that operand from registers: a thread reads the words
 // of its two rows, and what few instructions make of a word *is* two registers of the operand. Unpacked weights are
 // never written anywhere, which leaves shared memory to the rows of a.
-// How products and promotions follow one another: w4a8_multiply.cuh (UNIT = 0), in two halves of the rows of a, of which
-// one is left out if no row of it counts; or w4a8_units.cuh. Warpgroups share nothing but the ring.
+// How products and promotions follow one another: w4a8_multiply.cuh (UNIT = 0), in two halves of the rows of a, of
+// which one is left out if no row of it counts; or w4a8_units.cuh. Warpgroups share nothing but the ring.
 // CLUSTER = 2: two blocks share the rows of a, each loads half for both.
 #include "config.cuh"
 #include "common.cuh"

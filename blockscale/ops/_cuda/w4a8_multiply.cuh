@@ -39,8 +39,8 @@ struct Multiplier {
   }
 
   // acc += part * w_scale * a_scale for one half of the rows of a.
-  __device__ __forceinline__ void promote(float (&acc)[WAVES][CHUNKS][SUMS], const float (&part)[WAVES][SUMS], int stage,
-                                          int half) const {
+  __device__ __forceinline__ void promote(float (&acc)[WAVES][CHUNKS][SUMS], const float (&part)[WAVES][SUMS],
+                                          int stage, int half) const {
     const u32 from_w = memory.w_scale(stage) + my_w_scale, from_a = memory.a_scale(stage) + my_a_scale;
     float rows[WAVES][2];
 #pragma unroll

@@ -2,8 +2,8 @@
 // w4a8_gemm.cu, whose names it uses.
 //
 // A unit is 64 rows of w by UNIT_M rows of a. Unit u of a stage belongs to wave u / CHUNKS and to the rows of chunk
-// u % CHUNKS; its sums lie in part[u % PARTS]. They are multiplied by w_scale, which frees the registers, unit u + PARTS
-// is started, and only then comes the other half of the promotion: products are always in flight. All units of a wave
+// u % CHUNKS; its sums lie in part[u % PARTS]. They are multiplied by w_scale, which frees the registers, unit
+// u + PARTS is started, and only then comes the other half of the promotion: products are always in flight. All units of a wave
 // stand together: its operand is free for the next stage while the other wave is multiplied, and is made then.
 // No two paths meet, and no loop ends, where products are in flight, or the compiler waits for every one of them. So
 // tiles of which chunks do not count take a loop of their own.
@@ -73,8 +73,8 @@ struct Multiplier {
     for (int u = 0; u < PARTS; ++u) start(part[u], w[0], chunk_of(a, u));
   }
 
-  // Adds the products of a stage, whose first units are in flight, to acc. w[1] is made for it, w[0] for the next stage,
-  // if there is `another`.
+  // Adds the products of a stage, whose first units are in flight, to acc. w[1] is made for it, w[0] for the next
+  // stage, if there is `another`.
   __device__ __forceinline__ void step(Sums& acc, float (&part)[PARTS][SUMS], Operand (&w)[WAVES], int& stage,
                                        const bool& another) {
     const u32 a = operand_start(memory.a(stage));
@@ -103,7 +103,8 @@ struct Multiplier {
     stage = slot.stage;
   }
 
-  // What is made of operands beside unit u: in the first wave those of the second, in the second those of the next stage.
+  // What is made of operands beside unit u: in the first wave those of the second, in the second those of the next
+  // stage.
   __device__ __forceinline__ void prepare(Operand (&w)[WAVES], int stage, int u, const bool& another) {
     constexpr int SECOND = CHUNKS - PARTS > 1;
     if (u == 0) make(w[1], 1, stage, 0);
