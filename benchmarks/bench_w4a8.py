@@ -80,6 +80,20 @@ CUDA_VARIANTS = (
     # Three warpgroups with fewer sums each: while one promotes, two are left to multiply.
     W4Tile(warpgroups=3, waves=1),
     W4Tile(warpgroups=3, waves=1, cluster=2),
+    # Half as many rows of a, twice as many blocks, where dense products give too few.
+    W4Tile(rows=32, warpgroups=1, waves=1),
+    W4Tile(rows=32, waves=1),
+    # Warpgroups out of step.
+    W4Tile(cluster=2, turns=1),
+    W4Tile(cluster=2, turns=2),
+    # Products in flight while others are promoted, and chunks of which no row counts left out.
+    W4Tile(cluster=2, unit=32),
+    W4Tile(cluster=2, unit=32, turns=2),
+    W4Tile(unit=32),
+    W4Tile(cluster=2, unit=32, parts=1),
+    W4Tile(cluster=2, unit=32, parts=3),
+    W4Tile(cluster=2, unit=64, parts=1),
+    W4Tile(rows=64, unit=32, parts=1),
 )
 DENSE_VARIANTS = {
     16: (

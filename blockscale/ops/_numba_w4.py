@@ -49,8 +49,8 @@ def _narrow(table, out):
 def dequantize(words, scale, out, values, strips):
     """Rows strips[0]:strips[1] of out (E * N, K), bits of float32 or BF16.
 
-    words: uint8 (E, G, N, 64); scale: float32 (E, G, N); values: float32 (8,) of the magnitudes of MXFP4 as
-    they are stored, or empty for INT4.
+    words: uint8 (E, G, N, 64), signs above their magnitudes; scale: float32 (E, G, N); values: float32 (8,)
+    of the magnitudes of MXFP4 as they are stored, or empty for INT4.
     """
     groups, n, cols = words.shape[1], words.shape[2], out.shape[1]
     wide, table = np.empty(16, np.uint32), np.empty((4, 16), out.dtype)

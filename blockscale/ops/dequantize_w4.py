@@ -25,7 +25,7 @@ def dequantize_w4(weight: W4Weight, dtype: torch.dtype = torch.float32) -> torch
 
     groups, n, size = weight.words.shape[-3:]
     out = torch.empty(weight.shape, dtype=dtype)
-    words = weight.words.contiguous().view(torch.uint8).view(-1, groups, n, 4 * size).numpy()
+    words = w4.plain_words(weight.words).contiguous().view(torch.uint8).view(-1, groups, n, 4 * size).numpy()
     scale = weight.scale.contiguous().view(-1, groups, n).numpy()
     rows = len(words) * n
     values = torch.empty(0)

@@ -85,9 +85,10 @@ def _mxfp4(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def _put(codes: torch.Tensor, words: torch.Tensor) -> None:
-    """Codes (N, 16 G), in order of K, into words (G, N, 16): k beside 64 + k in a byte."""
+    """Codes (N, 16 G), in order of K, into words (G, N, 16): k beside 64 + k in a byte, signs moved."""
     first, second = codes.view(len(codes), -1, 2, 8).transpose(0, 1).unbind(2)  # (G, N, 8): halves of a group
     even = (first & _LOW) | ((second & _LOW) << 4)
     odd = ((first >> 4) & _LOW) | (second & _HIGH)
     pairs = words.view(torch.uint8).unflatten(-1, (32, 2))
     pairs[..., 0], pairs[..., 1] = even.view(torch.uint8), odd.view(torch.uint8)
+    words.copy_(w4.turned_signs(words))

@@ -4,7 +4,9 @@ Tensor cores multiply E4M3 by E4M3, so a four-bit code has to become an E4M3 byt
 used. The layout makes that bit arithmetic on whole words, four codes at a time, without a table:
 
     codes of one row and one group of 128 along K: 64 bytes, k = j in the low half of byte j, k = 64 + j in
-    the high one, each as sign (bit 3) and magnitude (bits 0 to 2)
+    the high one, each as sign (bit 3) and magnitude (bits 0 to 2); then, in words of four bytes, all signs
+    move up by one code, from the highest into the lowest: what is left at bits 0 to 2 and 7 of every byte, of
+    a word and of the word turned by half a byte, are magnitudes and signs of the same codes
 
     INT4     E4M3 bytes 0 to 7 are the subnormals m * 2**-9: magnitude and sign moved to where E4M3 has them
              *are* the number m * 2**-9. The scale of the group carries the 2**9.
@@ -44,6 +46,7 @@ _BLOCKS = GROUP // MXFP4.group_size
 _INT4_SHIFT = 2.0**9
 _HIGHEST, _UNIT = 12, 6  # the largest t, and the t at which E4M3 has the values of E2M1 as they are
 _NAN_SCALE = 0xFF
+_SIGNS = 0x88888888 - (1 << 32)  # of every code of a word, as int32
 SWAPPED = (1, 0, 2, 3, 4, 5, 6, 7)  # magnitudes of E2M1 as stored: 0 and 0.5 change places
 
 
@@ -146,7 +149,7 @@ def check_preparable(packed: torch.Tensor, scale: torch.Tensor, fmt: GroupInt | 
 
 def dequantize_w4(weight: W4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight's values, (N, K) or (E, N, K), computed in float32 and rounded once to `dtype`."""
-    data = weight.words.view(torch.uint8)  # (..., G, N, 64)
+    data = plain_words(weight.words).view(torch.uint8)  # (..., G, N, 64)
     nibbles = torch.cat([data & 15, data >> 4], dim=-1)
     scale = weight.scale
     magnitude = (nibbles & 7).to(torch.int64)
@@ -239,4 +242,16 @@ def _words(nibbles: torch.Tensor) -> torch.Tensor:
     """Nibbles (N, K) as words (G, N, 16)."""
     halves = _in_groups(nibbles, GROUP // 2).unflatten(1, (-1, 2))  # (N, G, 2, 64)
     data = halves[:, :, 0] | (halves[:, :, 1] << 4)
-    return data.transpose(0, 1).contiguous().view(torch.int32)
+    return turned_signs(data.transpose(0, 1).contiguous().view(torch.int32))
+
+
+def turned_signs(words: torch.Tensor) -> torch.Tensor:
+    """Words int32 of codes, as they are stored: signs one code higher."""
+    signs = words & _SIGNS
+    return (words & ~_SIGNS) | (signs << 4) | ((signs >> 28) & 8)
+
+
+def plain_words(words: torch.Tensor) -> torch.Tensor:
+    """Words as they are stored, with every sign above its own magnitude."""
+    signs = words & _SIGNS
+    return (words & ~_SIGNS) | ((signs >> 4) & 0x0FFFFFFF) | (signs << 28)

@@ -44,6 +44,15 @@ TILES = [  # of CUDA C++
     W4Tile(rows=64, waves=1),
     W4Tile(rows=64, warpgroups=1, waves=1),
     W4Tile(warpgroups=3, waves=1),
+    W4Tile(rows=32, warpgroups=1, waves=1),
+    W4Tile(cluster=2, turns=1),
+    W4Tile(cluster=2, turns=2),
+    W4Tile(unit=32),
+    W4Tile(cluster=2, unit=32),
+    W4Tile(cluster=2, unit=32, turns=2),
+    W4Tile(cluster=2, unit=32, parts=3),
+    W4Tile(cluster=2, unit=64, parts=1),
+    W4Tile(rows=64, unit=32, parts=1),
 ]
 
 

@@ -3,18 +3,25 @@
 import pytest
 import torch
 
-from blockscale.ops._cuda.w4a8_configs import _DENSE, W4Tile, choose
+from blockscale.ops._cuda.w4a8_configs import _DENSE, _GROUPED, W4Tile, choose
 from blockscale.reference.w4 import W4Weight, dequantize_w4
 
 H100 = 132
 SHARED_BYTES = 233472  # of a multiprocessor, 1024 of which each block loses to the system
 REGISTERS = 65536
-OFFERED = (*_DENSE, W4Tile(rows=64), W4Tile(cluster=2))
+OFFERED = (*_DENSE, W4Tile(rows=64), _GROUPED)
+TIMED = (  # beside them
+    W4Tile(warpgroups=3, waves=1),
+    W4Tile(rows=32, warpgroups=1, waves=1),
+    W4Tile(cluster=2, turns=1),
+    W4Tile(cluster=2, unit=32),
+    W4Tile(rows=64, unit=32, parts=1),
+)
 SHAPES = ((4096, 7168), (7168, 2048))
 
 
 @pytest.mark.parametrize("out_float32", [False, True])
-@pytest.mark.parametrize("tile", [*OFFERED, W4Tile(warpgroups=3, waves=1)], ids=repr)
+@pytest.mark.parametrize("tile", [*OFFERED, *TIMED], ids=repr)
 def test_every_tile_on_offer_fits(tile, out_float32):
     assert tile.shared_bytes(out_float32) + 1024 <= SHARED_BYTES
     assert tile.stages(out_float32) >= 3, "fewer leave the tensor cores waiting for memory"
@@ -70,14 +77,15 @@ def _loaded(memory, warp, lower):
     return found
 
 
-def _from_int4(magnitudes, signs):
-    return (magnitudes & 0x07) | (signs & 0x80)
+def _turned(words):
+    """`turned` of words given as bytes (..., 4): every half byte moves down by one."""
+    return words >> 4 | words.roll(-1, -1) << 4 & 0xFF
 
 
-def _from_mxfp4(magnitudes, signs, eights):
-    bits = magnitudes & 0x1C
+def _from_mxfp4(byte, eights):
+    bits = byte << 2 & 0x1C
     other = ((bits ^ 0x04) + 0x7C) & 0x80
-    return torch.where(other != 0, bits + eights, 0) & 0xFF | (signs & 0x80)
+    return torch.where(other != 0, bits + eights, 0) & 0xFF | (byte & 0x80)
 
 
 @pytest.mark.parametrize("kind", ["int4", "mxfp4"])
@@ -94,13 +102,12 @@ def test_what_lanes_unpack_is_the_operand_of_the_tensor_cores(kind):
                 row = warp * 16 + lane // 4 + 8 * lower
                 for j in range(4):
                     for high in range(2):
-                        byte, block = words[lane, j], 2 * high + j // 2
+                        byte, block = (_turned(words) if high else words)[lane, j], 2 * high + j // 2
                         k = 32 * block + 16 * (j % 2) + 4 * (lane % 4)
                         if kind == "int4":
-                            found = _from_int4(byte >> 4, byte) if high else _from_int4(byte, byte << 4)
+                            found = byte & 0x87
                         else:
-                            moved = (byte >> 2, byte) if high else (byte << 2, byte << 4)
-                            found = _from_mxfp4(*moved, 8 * exponents[row, block])
+                            found = _from_mxfp4(byte, 8 * exponents[row, block])
                         codes[row, k : k + 4] = found.to(torch.uint8)
     scale = torch.ones(1, 64)
     if kind == "mxfp4":

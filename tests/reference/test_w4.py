@@ -70,13 +70,13 @@ def test_mxfp4_blocks_far_below_their_neighbours_are_rounded_to_a_scale_that_fit
     assert bool((found[:, 32:64] != exact[:, 32:64]).any())
 
 
-def test_words_are_e4m3_numbers_after_two_masks():
+def test_words_and_turned_words_are_e4m3_numbers_after_one_mask():
     """What the kernel does to a word of INT4 codes, on the bytes."""
     codes, scale = quantize_int(data.gaussian((16, 256)), INT4)
     weight = prepared(codes, scale, INT4)
-    words = weight.words.view(torch.uint8)
-    low = ((words & 0x07) | ((words << 4) & 0x80)).view(torch.float8_e4m3fn).float() * 512
-    high = (((words >> 4) & 0x07) | (words & 0x80)).view(torch.float8_e4m3fn).float() * 512
+    words, turned = weight.words, (weight.words >> 4 & 0x0FFFFFFF) | (weight.words << 28)
+    low = (words.view(torch.uint8) & 0x87).view(torch.float8_e4m3fn).float() * 512
+    high = (turned.view(torch.uint8) & 0x87).view(torch.float8_e4m3fn).float() * 512
     both = torch.cat([low, high], dim=-1).transpose(0, 1).flatten(1)
     assert_bitwise_equal(both + 0.0, codes.float())
 

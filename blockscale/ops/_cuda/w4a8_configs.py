@@ -31,6 +31,10 @@ class W4Tile:
         cluster: blocks that load the rows of a together, 1 or 2.
         occupancy: blocks on a multiprocessor.
         band: tiles of M after which the order of tiles moves on along N.
+        unit: rows of a in a product, 32 or 64, of which some are in flight while others are promoted
+            (`w4a8_units.cuh`); 0 for halves of the tile, waited for before they are promoted.
+        parts: with units, partial sums of a warpgroup.
+        turns: 1 if the warpgroups take turns (without units only), 2 if one merely starts later.
     """
 
     rows: int = 128
@@ -39,6 +43,9 @@ class W4Tile:
     cluster: int = 1
     occupancy: int = 1
     band: int = 8
+    unit: int = 0
+    parts: int = 2
+    turns: int = 0
 
     @property
     def block_n(self) -> int:
@@ -82,7 +89,7 @@ class W4Tile:
     @property
     def boxes(self) -> tuple[int, int]:
         """Rows of a and of w that one copy brings."""
-        return self.rows // self.cluster, self.block_n
+        return self.unit or self.rows // self.cluster, self.block_n
 
     def sources(
         self, kind: Kind, *, out_float32: bool, bias: int, mxfp4: bool = False
@@ -93,15 +100,18 @@ class W4Tile:
             "BM": self.rows, "WGS": self.warpgroups, "WAVES": self.waves, "STAGES": self.stages(out_float32),
             "CLUSTER": self.cluster, "OCCUPANCY": self.occupancy, "GROUP": self.band,
             "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32, "MXFP4": mxfp4,
+            "UNIT": self.unit, "PARTS": self.parts, "TURNS": self.turns,
             "MATH_REGISTERS": math_registers, "FEED_REGISTERS": feed_registers,
         }  # fmt: skip
         headers = {
-            "config.cuh": constants(values),
-            "wgmma.cuh": wgmma_header(self.rows // 2, a_registers=True),
+            "config.cuh": constants(values) + f"#define W4A8_UNITS {int(self.unit > 0)}\n",
+            "wgmma.cuh": wgmma_header(self.unit or self.rows // 2, a_registers=True),
         }
         return "w4a8_gemm.cu", headers
 
 
+# For grouped products of many rows.
+_GROUPED = W4Tile(cluster=2)
 # For dense products, the smallest tile first.
 _DENSE = (
     W4Tile(rows=64, warpgroups=1, waves=1),
@@ -120,9 +130,9 @@ def choose(kind: Kind, sizes: tuple[int, int, int], experts: int, processors: in
     """
     m, n, _ = sizes
     if kind == "masked":
-        return W4Tile(rows=64) if m <= 64 else W4Tile(cluster=2)
+        return W4Tile(rows=64) if m <= 64 else _GROUPED
     if kind == "contiguous":
-        return W4Tile(cluster=2)
+        return _GROUPED
     for tile in _DENSE:
         rows, columns = tile.super_tile
         if math.ceil(m / rows) * math.ceil(n / columns) <= processors:

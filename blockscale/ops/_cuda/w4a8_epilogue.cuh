@@ -13,25 +13,25 @@ __device__ __forceinline__ u32 chunk_at(u32 box, int row, int chunk) {
 __device__ __forceinline__ float plus(float sum, float bias) { return BIAS != 0 ? sum + bias : sum; }
 
 // A wave, 64 columns of out from n0 on, to shared memory.
-__device__ __forceinline__ void stage_wave(const float (&acc)[2][SUMS], const Problem& problem, int n0, int columns,
-                                           u32 staged) {
+__device__ __forceinline__ void stage_wave(const float (&acc)[CHUNKS][SUMS], const Problem& problem, int n0,
+                                           int columns, u32 staged) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   const int column = warp * 16 + lane / 4;  // of upper sums; lower ones belong to the eighth after it
   const float upper = BIAS != 0 && column < columns ? bias_at(problem.bias, n0 + column) : 0.0f;
   const float lower = BIAS != 0 && column < columns ? bias_at(problem.bias, n0 + column + 8) : 0.0f;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float(&sums)[SUMS] = acc[half];
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    const float(&sums)[SUMS] = acc[chunk];
     if constexpr (OUT_F32) {
 #pragma unroll
       for (int i = 0; i < SUMS; ++i) {
-        const int row = half * UNIT_M + i / 4 * 8 + lane % 4 * 2 + i % 2, mine = column + i / 2 % 2 * 8;
+        const int row = chunk * UNIT_M + i / 4 * 8 + lane % 4 * 2 + i % 2, mine = column + i / 2 % 2 * 8;
         const u32 to = chunk_at(staged + mine / BOX_COLUMNS * BOX_BYTES, row, mine % BOX_COLUMNS / 4) + mine % 4 * 4;
         store_shared(to, plus(sums[i], i / 2 % 2 ? lower : upper));
       }
     } else {
       // Four matrices of 8 x 8 at a time: upper and lower sums of two times eight rows.
-      const u32 to = chunk_at(staged, half * UNIT_M + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
+      const u32 to = chunk_at(staged, chunk * UNIT_M + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2);
 #pragma unroll
       for (int j = 0; j < UNIT_M / 16; ++j) {
         const float* const x = sums + 8 * j;
@@ -61,7 +61,7 @@ __device__ __forceinline__ void store_ragged(const Problem& problem, const Tile&
 }
 
 __device__ __forceinline__ void store_tile(const Problem& problem, const TensorMap* map, const Tile& tile,
-                                           const float (&acc)[WAVES][2][SUMS], Memory memory, int warpgroup) {
+                                           const float (&acc)[WAVES][CHUNKS][SUMS], Memory memory, int warpgroup) {
   const bool leader = threadIdx.x % 128 == 0;
 #pragma unroll
   for (int wave = 0; wave < WAVES; ++wave) {

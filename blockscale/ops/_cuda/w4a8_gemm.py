@@ -36,7 +36,10 @@ from blockscale.ops._cuda.launch import (
 from blockscale.ops._cuda.w4a8_configs import WORD_BYTES, W4Tile, choose
 from blockscale.reference.w4 import W4Weight
 
-_HEADERS = ("common.cuh", "schedule.cuh", "w4a8_unpack.cuh", "w4a8_epilogue.cuh")
+_HEADERS = (
+    "common.cuh", "schedule.cuh",
+    "w4a8_unpack.cuh", "w4a8_epilogue.cuh", "w4a8_multiply.cuh", "w4a8_units.cuh",
+)  # fmt: skip
 
 
 def w4a8_gemm_nt(

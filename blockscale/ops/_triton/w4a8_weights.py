@@ -3,9 +3,9 @@
     total[n, m] = sum_g a_scale[m, g] * w_scale[n, g] * (sum_{k in g} w[n, k] * a[m, k])
 
 Weights are the left operand, which tensor cores take from registers: words come through shared memory as they
-are stored, `ldmatrix` hands every thread those of its rows, and what six instructions make of a word *is* two
-registers of the operand (`reference/w4.py` tells why). No unpacked weight is ever written anywhere. Scales
-take the same pipeline of asynchronous copies, which `tl.range` with a number of stages asks for.
+are stored, `ldmatrix` hands every thread those of its rows, and what three instructions make of a word *is*
+two registers of the operand (`reference/w4.py` tells why). No unpacked weight is ever written anywhere.
+Scales take the same pipeline of asynchronous copies, which `tl.range` with a number of stages asks for.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def tokens_times_w4(
 @triton.jit
 def _from_int4(words, ROWS: tl.constexpr):
     """(ROWS, 16) words of 8 codes as (ROWS, 128) E4M3 numbers, sign and magnitude * 2**-9."""
-    low = (words & 0x07070707) | ((words << 4) & 0x80808080)
-    high = ((words >> 4) & 0x07070707) | (words & 0x80808080)
-    return _as_e4m3(low, high, ROWS)
+    return _as_e4m3(words & 0x87878787, _turned(words) & 0x87878787, ROWS)
 
 
 @triton.jit
@@ -96,17 +94,23 @@ def _from_mxfp4(words, folded, ROWS: tl.constexpr):
     second = tl.arange(0, 16)[None, :] >= 8  # words of the second block of 32 in a half
     shift = tl.where(second, 4, 0).to(tl.uint32)
     exponents = folded[:, None] >> shift
-    low = _moved(words << 2, words << 4, exponents & 15)
-    high = _moved(words >> 2, words, (exponents >> 8) & 15)
+    low = _moved(words, exponents & 15)
+    high = _moved(_turned(words), (exponents >> 8) & 15)
     return _as_e4m3(low, high, ROWS)
 
 
 @triton.jit
-def _moved(magnitudes, signs, exponent):
-    """Four E4M3 bytes: magnitudes (4 for zero) at bits 2 to 4, signs at bit 7, `exponent` added to all."""
-    bits = magnitudes & 0x1C1C1C1C
+def _turned(words):
+    """Words with the codes of the high half bytes in the low ones."""
+    return (words >> 4) | (words << 28)
+
+
+@triton.jit
+def _moved(words, exponent):
+    """Four E4M3 bytes: magnitudes (1 for zero) at bits 0 to 2, signs at bit 7, `exponent` added to all."""
+    bits = (words << 2) & 0x1C1C1C1C
     other = ((bits ^ 0x04040404) + 0x7C7C7C7C) & 0x80808080  # bit 7 of bytes that are not zero
-    return ((bits + exponent * 0x08080808) & (other - (other >> 7))) | (signs & 0x80808080)
+    return ((bits + exponent * 0x08080808) & (other - (other >> 7))) | (words & 0x80808080)
 
 
 @triton.jit
