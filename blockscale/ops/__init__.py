@@ -25,6 +25,7 @@ from blockscale.ops.quantize_weight import quantize_weight
 from blockscale.ops.rms_norm_quantize import Normed, rms_norm, rms_norm_quantize
 from blockscale.ops.rounding import descend_columns, round_columns
 from blockscale.ops.silu_mul_quantize import silu_mul, silu_mul_quantize
+from blockscale.ops.transpose_codes import transpose_codes
 from blockscale.ops.w4a8_gemm import (
     m_grouped_w4a8_gemm_nt_contiguous,
     m_grouped_w4a8_gemm_nt_masked,
@@ -73,5 +74,6 @@ __all__ = [
     "scaled_gradients",
     "silu_mul",
     "silu_mul_quantize",
+    "transpose_codes",
     "w4a8_gemm_nt",
 ]

@@ -221,7 +221,9 @@ def scaled_gradients(
     block_n, block_k = block_of(fmt)
     by_block = of_scale is not None and block_n > 1
     # Whole blocks, one beside the other in many programs: there are few of them.
-    rows, groups, width = _tile(min(block_n, n) if by_block else n, k, block_k, 1 if by_block else _TILE_WIDTH)
+    rows, groups, width = _tile(
+        min(block_n, n) if by_block else n, k, block_k, 1 if by_block else _TILE_WIDTH
+    )
     tall, tiles_k = min(block_n, n) if by_block else rows, cdiv(grid_k, groups)
     with current(weight.device):
         _scaled_gradients_kernel[(cdiv(n, tall) * tiles_k, experts)](
