@@ -19,8 +19,9 @@ from blockscale.formats import BlockFP8, ScaleFmt
 from blockscale.group_formats import GroupInt
 from blockscale.reference.fp4 import to_e2m1
 from blockscale.reference.fp8 import MIN_WEIGHT_SCALE
+from blockscale.reference.grids import block_of as block_of
+from blockscale.reference.grids import grid_of as grid_of
 from blockscale.reference.packing import pack
-from blockscale.reference.rounding import E2M1, E4M3, INT3, INT4, Grid
 
 _ACTIVATION_GROUP = 128  # of the inputs of weights below 8 bits
 
@@ -37,20 +38,6 @@ class Points(NamedTuple):
 
     codes: torch.Tensor
     scale: torch.Tensor
-
-
-def grid_of(fmt: QuantizedFormat) -> Grid:
-    """The numbers that its codes stand for."""
-    if isinstance(fmt, BlockFP8):
-        return E4M3
-    if isinstance(fmt, GroupInt):
-        return INT4 if fmt.bits == 4 else INT3
-    return E2M1
-
-
-def block_of(fmt: QuantizedFormat) -> tuple[int, int]:
-    """(rows, columns) that share a scale."""
-    return fmt.block_size if isinstance(fmt, BlockFP8) else (1, fmt.group_size)
 
 
 def inputs_of_format(fmt: QuantizedFormat, scale_fmt: ScaleFmt) -> BlockFP8:

@@ -28,7 +28,7 @@ import math
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
+from torch.autograd.function import once_differentiable
 
 from blockscale import ops
 from blockscale.calibrate.formats import (
@@ -40,11 +40,9 @@ from blockscale.calibrate.formats import (
     nearest_scale,
     stored,
 )
-from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8
-from blockscale.group_formats import GroupInt
-from blockscale.reference import checks
 from blockscale.reference.fp8 import MIN_WEIGHT_SCALE
+from blockscale.reference.given_scale import check_given
 from blockscale.reference.rounding import to_grid
 
 _LARGEST_POWER = 2.0**127  # of float32 and of E8M0
@@ -84,7 +82,6 @@ def fake_quantize_scaled(
     Raises:
         BlockscaleError: wrong dtype or shape.
     """
-    _check(weight, scale, fmt)
     return _GivenScale.apply(weight, scale, fmt, dtype)
 
 
@@ -117,7 +114,7 @@ def round_scaled(weight: torch.Tensor, scale: torch.Tensor, fmt: QuantizedFormat
     Raises:
         BlockscaleError: wrong dtype or shape.
     """
-    _check(weight, scale, fmt)
+    check_given("round_scaled", weight, scale, fmt)
     codes = to_grid(weight.detach().float() / over_blocks(scale, fmt, weight.shape), grid_of(fmt))
     return stored(Points(codes, scale), fmt)
 
@@ -129,20 +126,25 @@ def over_blocks(scale: torch.Tensor, fmt: QuantizedFormat, shape: torch.Size) ->
     return tall.repeat_interleave(columns, -1)[..., : shape[-1]]
 
 
-def clipping_limit(fmt: QuantizedFormat) -> float:
-    """L + h/2 of the module's equations: 464, 7.5, 3.5, or 7 of E2M1."""
-    grid = grid_of(fmt)
-    binade = 2.0 ** math.floor(math.log2(grid.largest))
-    return grid.largest + binade * 2.0 ** -(grid.mantissa_bits + 1)
+def rounded(
+    weight: torch.Tensor, scale: torch.Tensor | None, fmt: QuantizedFormat, dtype: torch.dtype
+) -> torch.Tensor:
+    """What `fake_quantize` gives, or with scales `fake_quantize_scaled`, without a gradient."""
+    if scale is not None:
+        return ops.fake_quantize_scaled(weight, scale, fmt, dtype)
+    return ops.fake_quantize_weight(unshared(weight), fmt, dtype)
+
+
+def unshared(weight: torch.Tensor) -> torch.Tensor:
+    """The weight; on the CPU a copy: kernels read by numpy, and FSDP cannot free storage that it has seen."""
+    return weight.detach().clone() if weight.device.type == "cpu" else weight
 
 
 class _OwnScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, fmt: QuantizedFormat, dtype: torch.dtype) -> torch.Tensor:
         ctx.dtype = weight.dtype
-        # The kernels of the CPU read by numpy, and FSDP cannot free the storage that numpy has seen.
-        own = weight.detach().clone() if weight.device.type == "cpu" else weight
-        return ops.fake_quantize_weight(own, fmt, dtype)
+        return rounded(weight, None, fmt, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -156,22 +158,14 @@ class _GivenScale(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.fmt = fmt
-        spread = over_blocks(scale, fmt, weight.shape)
-        codes = to_grid(weight.float() / spread, grid_of(fmt))
-        # Integers have one zero.
-        return ((codes + 0.0 if isinstance(fmt, GroupInt) else codes) * spread).to(dtype)
+        return rounded(weight, scale, fmt, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         weight, scale = ctx.saved_tensors
-        grad = grads[0].float()
-        quotient = weight.float() / over_blocks(scale, ctx.fmt, weight.shape)
-        inside = quotient.abs() <= clipping_limit(ctx.fmt)
-        of_scale = None
-        if ctx.needs_input_grad[1]:
-            each = to_grid(quotient, grid_of(ctx.fmt)) - quotient.where(inside, 0.0)
-            of_scale = _sum_blocks(grad * each, ctx.fmt)
-        return (grad * inside).to(weight.dtype), of_scale, None, None
+        made = ops.scaled_gradients(grads[0], weight, scale, ctx.fmt, of_scale=ctx.needs_input_grad[1])
+        return *made, None, None
 
 
 class _Input(torch.autograd.Function):
@@ -197,23 +191,3 @@ class _Storable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grads[0], None
-
-
-def _sum_blocks(values: torch.Tensor, fmt: QuantizedFormat) -> torch.Tensor:
-    """Sums over the blocks of (..., N, K): (..., ceil(N / rows), ceil(K / columns))."""
-    (rows, columns), (height, width) = block_of(fmt), values.shape[-2:]
-    padded = pad(values, (0, -width % columns, 0, -height % rows))
-    grid = padded.shape[-2] // rows, padded.shape[-1] // columns
-    return padded.reshape(*values.shape[:-2], grid[0], rows, grid[1], columns).sum(dim=(-3, -1))
-
-
-def _check(weight: torch.Tensor, scale: torch.Tensor, fmt: QuantizedFormat) -> None:
-    checks.check_weight("fake_quantize: weight", weight)
-    checks.check_dtype("fake_quantize: scale", scale.dtype, (torch.float32,))
-    rows, columns = block_of(fmt)
-    *lead, n, k = weight.shape
-    grid = (*lead, math.ceil(n / rows), math.ceil(k / columns))
-    if tuple(scale.shape) != grid:
-        raise BlockscaleError(
-            "wrong shape", where="fake_quantize: scale", expected=list(grid), got=list(scale.shape)
-        )

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -31,50 +30,11 @@ from blockscale.checkpoint.recipe import Recipe
 from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.formats import BlockFP8
 from blockscale.huggingface.modules import EXPERT_WEIGHTS, GATE, can_quantize, through_experts
+from blockscale.qat import grouped
 from blockscale.qat.fake_quant import fake_quantize, fake_quantize_input, fake_quantize_scaled, storable
-
-Scales = Literal["dynamic", "frozen", "learned"]
-Activations = Literal["fp8", "high"]
-_DTYPES = (torch.float32, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class QatOptions:
-    """How a model trains; the recipe says what becomes of it.
-
-    Attributes:
-        scales: of weights. "dynamic": from the largest values, at every step, as `blockscale quantize` gives
-            them. "frozen": those of the beginning. "learned": trained along (LSQ).
-        activations: "fp8" as they will be when the checkpoint is served, or "high": left as they are, for
-            engines that quantize weights alone.
-        masters: dtype of the weights that train and are rounded, float32 or bfloat16.
-        compute: dtype of the products. In float32 operands are exactly those of the checkpoint; in bfloat16,
-            which GPUs multiply much faster, only those with power of two scales are, others are rounded once
-            more.
-
-    Raises:
-        BlockscaleError: an unknown value.
-    """
-
-    scales: Scales = "dynamic"
-    activations: Activations = "fp8"
-    masters: torch.dtype = torch.float32
-    compute: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        choices: dict[str, tuple[object, ...]] = {
-            "scales": get_args(Scales),
-            "activations": get_args(Activations),
-            "masters": _DTYPES,
-            "compute": _DTYPES,
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                expected = " | ".join(map(str, allowed))
-                raise BlockscaleError(
-                    "unknown value", where=f"QatOptions {name}", expected=expected, got=value
-                )
+from blockscale.qat.fp8_products import fp8_linear, takes_fp8
+from blockscale.qat.options import QatOptions as QatOptions
+from blockscale.qat.products import Rule, exact_linear, fake_quant_linear, result_dtype
 
 
 @dataclass(frozen=True)
@@ -152,30 +112,39 @@ class FakeQuantLayer(nn.Module):
             return None
         return storable_scale(start, getattr(self, scale_shift_name(name), None), self.trained[name].fmt)
 
+    @property
+    def compute(self) -> torch.dtype:
+        """Dtype of operands that are not multiplied as codes."""
+        return torch.bfloat16 if self.options.compute == "fp8" else self.options.compute
+
+    def multiplies_codes(self, name: str) -> bool:
+        """Whether products with a weight are those of `fp8_linear`."""
+        own = self.trained[name]
+        return self.options.compute == "fp8" and takes_fp8(getattr(self, name).shape, own.fmt, own.inputs)
+
     def fake_quantized(self, name: str) -> torch.Tensor:
-        """A weight as the checkpoint will have it, of its shape and the dtype of the products.
+        """A weight as the checkpoint will have it, of its shape; float32, or the dtype of its products.
 
         Blocks with NaN or Inf are NaN: a training step is told by its loss, and waits for no weight.
         """
         own, weight, scale = self.trained[name], getattr(self, name), self.scale(name)
-        matrices = own.matrices(weight)
+        matrices, dtype = own.matrices(weight), torch.float32 if self.multiplies_codes(name) else self.compute
         if scale is None:
-            return fake_quantize(matrices, own.fmt, self.options.compute).view(weight.shape)
-        return fake_quantize_scaled(matrices, scale, own.fmt, self.options.compute).view(weight.shape)
+            return fake_quantize(matrices, own.fmt, dtype).view(weight.shape)
+        return fake_quantize_scaled(matrices, scale, own.fmt, dtype).view(weight.shape)
 
-    def multiply(
-        self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(..., K) -> (..., N), of the dtype of x, by a matrix (N, K) of what `fake_quantized` gives."""
-        inputs, compute = self.trained[name].inputs, self.options.compute
-        rounded = x.to(compute) if inputs is None else fake_quantize_input(x, inputs, compute)
-        return linear(rounded, weight, None if bias is None else bias.to(compute)).to(x.dtype)
+    def rounded_input(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """What a weight is multiplied with, of the dtype of the products."""
+        inputs = self.trained[name].inputs
+        return x.to(self.compute) if inputs is None else fake_quantize_input(x, inputs, self.compute)
 
     def extra_repr(self) -> str:
         """The line that printing a model shows."""
         shapes = ", ".join(f"{name}={list(getattr(self, name).shape)}" for name in self.trained)
         formats = ", ".join(str(fmt) for fmt in {each.fmt: None for each in self.trained.values()})
-        return f"{shapes}, {formats}, {self.options.scales} scales"
+        codes = any(self.multiplies_codes(name) for name in self.trained)
+        compute = "fp8" if codes else str(self.compute).removeprefix("torch.")
+        return f"{shapes}, {formats}, {self.options.scales} scales, products in {compute}"
 
 
 class FakeQuantLinear(FakeQuantLayer):
@@ -193,8 +162,12 @@ class FakeQuantLinear(FakeQuantLayer):
         self.register_parameter("bias", original.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., K) -> (..., N), of the dtype of x."""
-        return self.multiply("weight", x, self.fake_quantized("weight"), self.bias)
+        """(..., K) -> (..., N), of the dtype of x, or of autocast."""
+        own, scale = self.trained["weight"], self.scale("weight")
+        if self.multiplies_codes("weight"):
+            assert isinstance(own.fmt, BlockFP8)
+            return fp8_linear(x, self.weight, scale, self.bias, own.fmt)
+        return fake_quant_linear(x, self.weight, scale, self.bias, Rule(own.fmt, own.inputs, self.compute))
 
 
 class FakeQuantExperts(FakeQuantLayer):
@@ -222,17 +195,43 @@ class FakeQuantExperts(FakeQuantLayer):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As `through_experts`."""
+        if self._takes_all_at_once(hidden_states):
+            return self.all_at_once(hidden_states, top_k_index, top_k_weights)
         # Taken apart by `unbind`: the gradient of an index is as large as all experts together.
         weights = {name: self._matrices(name).unbind(0) for name in EXPERT_WEIGHTS}
+        dtype = result_dtype(hidden_states, self.compute)
 
         def product(name: str, expert: int, x: torch.Tensor) -> torch.Tensor:
             weight = weights[name][expert]
-            return self.multiply(name, x, weight) if name in self.trained else linear(x, weight)
+            if name not in self.trained:
+                return linear(x, weight)
+            return exact_linear(self.rounded_input(name, x), weight).to(dtype)
 
         def compute(expert: int, x: torch.Tensor) -> torch.Tensor:
             return product("down_proj", expert, self._gate(product("gate_up_proj", expert, x)))
 
         return through_experts(hidden_states, top_k_index, top_k_weights, compute)
+
+    def all_at_once(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The same, by grouped products of all experts, both of whose weights train."""
+        weights = {name: self.fake_quantized(name) for name in EXPERT_WEIGHTS}
+        dtype = result_dtype(hidden_states, self.compute)
+
+        def compute(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            hidden = self._gate(grouped.grouped_linear(rows, weights["gate_up_proj"], ends).to(dtype))
+            rounded = self.rounded_input("down_proj", hidden)
+            return grouped.grouped_linear(rounded, weights["down_proj"], ends).to(dtype)
+
+        rounded = self.rounded_input("gate_up_proj", hidden_states)  # once for all experts of a token
+        made = grouped.through_experts_at_once(rounded, top_k_index, top_k_weights, self.num_experts, compute)
+        return made.to(hidden_states.dtype)
+
+    def _takes_all_at_once(self, x: torch.Tensor) -> bool:
+        both = len(self.trained) == len(EXPERT_WEIGHTS) and self.compute == torch.bfloat16
+        aligned = all(grouped.is_aligned(getattr(self, name)) for name in EXPERT_WEIGHTS)
+        return both and aligned and bool(len(x)) and grouped.is_fast(x.device)
 
     def _matrices(self, name: str) -> torch.Tensor:
         return self.fake_quantized(name) if name in self.trained else getattr(self, name)

@@ -26,6 +26,7 @@ from blockscale.errors import BlockscaleError
 from blockscale.formats import DTYPE_NAMES, BlockFP8
 from blockscale.huggingface.modules import quantized_layers
 from blockscale.huggingface.targets import Target, find_targets
+from blockscale.ops.gemm_dispatch import has_fp8
 from blockscale.qat.initial import begin_with
 from blockscale.qat.modules import (
     QatOptions,
@@ -95,6 +96,8 @@ def prepare(
         )
     chosen = choose(model, recipe)
     _check_trainable(model, chosen)
+    if options.compute == "fp8":
+        _check_fp8(model, chosen)
     by_module: dict[str, dict[str, Trained]] = {}
     for each in chosen:
         inputs = inputs_of_format(each.fmt, recipe.scale_fmt) if options.activations == "fp8" else None
@@ -205,3 +208,16 @@ def _check_trainable(model: nn.Module, chosen: tuple[Chosen, ...]) -> None:
             expected="requires_grad=True",
             remedy="unfreeze them, or exclude them in the recipe; freeze what is not to train after prepare",
         )
+
+
+def _check_fp8(model: nn.Module, chosen: tuple[Chosen, ...]) -> None:
+    for each in chosen:
+        device = model.get_parameter(each.target.name).device
+        if not has_fp8(device):
+            raise BlockscaleError(
+                "FP8 products need a GPU with FP8 arithmetic",
+                where="prepare: compute",
+                expected="weights on a GPU of compute capability 8.9 or later",
+                got=f"{each.target.name} on {device}",
+                remedy="move the model to such a GPU first, or pass QatOptions(compute=torch.bfloat16)",
+            )

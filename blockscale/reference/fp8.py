@@ -32,6 +32,9 @@ ScaleLayout = Literal["row", "column"]
 MIN_WEIGHT_SCALE = 2.0**-126
 # DeepSeek's floor on the amax of activations, kept for parity with its kernels.
 ACTIVATION_AMAX_FLOOR = 1e-4
+# Gradients with respect to activations shrink with the number of tokens that a loss is a mean of. Scales stay
+# above 2**-62, down to where the quotients of all implementations are exact.
+GRADIENT_AMAX_FLOOR = 2.0**-53
 _INF_BITS = 0x7F800000
 
 
@@ -94,8 +97,9 @@ def quantize_activation(
     group_size: int = 128,
     scale_fmt: ScaleFmt = "float32",
     scale_layout: ScaleLayout = "row",
+    amax_floor: float = ACTIVATION_AMAX_FLOOR,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize the last dimension of `x` to E4M3 in groups; scale = max(amax, 1e-4) / 448.
+    """Quantize the last dimension of `x` to E4M3 in groups; scale = max(amax, amax_floor) / 448.
 
     A group that holds NaN gets scale NaN and NaN codes; one that holds Inf (and no NaN) gets scale Inf, NaN
     codes where the Infs were and zeros elsewhere. Nothing is raised: looking would cost a device
@@ -106,6 +110,7 @@ def quantize_activation(
         group_size: G, values of a row that share a scale; the last group of a row is the remainder.
         scale_fmt: "float32", or "ue8m0" for scales that are powers of two.
         scale_layout: of the scale in memory, see empty_scale.
+        amax_floor: 1e-4 for activations, 2**-53 for their gradients: from there on, at most 1.
 
     Returns:
         codes, float8_e4m3fn of the shape of x, and scale, float32 (..., ceil(K/G)).
@@ -113,15 +118,28 @@ def quantize_activation(
     Source: DeepSeek-V3 inference code (floor 1e-4, groups of 128).
     """
     checks.check_rows("quantize_activation", x, group_size)
+    check_floor("quantize_activation", amax_floor)
     fmt = BlockFP8((1, group_size), scale_fmt)
     rows = x.detach().to(torch.float32).unsqueeze(-2)
-    amax = _block_amax(rows, fmt.block_size).clamp_min(ACTIVATION_AMAX_FLOOR)
+    amax = _block_amax(rows, fmt.block_size).clamp_min(amax_floor)
     scale = _canonical_nan(_divide(amax, E4M3_MAX))
     if fmt.scale_fmt == "ue8m0":
         scale = round_up_to_power_of_two(scale)
     codes = _to_e4m3(rows / _spread(scale, fmt.block_size, rows.shape))
     result = empty_scale((*scale.shape[:-2], scale.shape[-1]), scale_layout, x.device)
     return codes.squeeze(-2), result.copy_(scale.squeeze(-2))
+
+
+def check_floor(op: str, amax_floor: float) -> None:
+    """Refuse a floor that scales of activations cannot have.
+
+    Raises:
+        BlockscaleError: it is not from 2**-53 to 1.
+    """
+    if not GRADIENT_AMAX_FLOOR <= amax_floor <= 1:
+        raise BlockscaleError(
+            "bad value", where=f"{op}: amax_floor", expected="2**-53 to 1", got=repr(amax_floor)
+        )
 
 
 def empty_scale(shape: tuple[int, ...], layout: ScaleLayout, device: torch.device) -> torch.Tensor:

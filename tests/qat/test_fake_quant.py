@@ -8,13 +8,13 @@ from blockscale.calibrate.formats import block_of
 from blockscale.formats import BlockFP8
 from blockscale.group_formats import E2M1_VALUES, MXFP4, GroupInt
 from blockscale.qat.fake_quant import (
-    clipping_limit,
     fake_quantize,
     fake_quantize_input,
     fake_quantize_scaled,
     round_scaled,
     storable,
 )
+from blockscale.reference.grids import clipping_limit
 
 FORMATS = {
     "fp8": BlockFP8(),

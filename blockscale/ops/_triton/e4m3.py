@@ -59,9 +59,12 @@ def _round_up_to_power_of_two(bits):
 
 
 @triton.jit
-def activation_scale(amax, POW2: tl.constexpr):
-    """float32 max(amax, 1e-4) / 448 of the bits of an amax; NaN (the canonical one) and Inf stay."""
-    floored = tl.maximum(amax, _ACTIVATION_FLOOR).to(tl.float32, bitcast=True)
+def activation_scale(amax, POW2: tl.constexpr, FLOOR: tl.constexpr = _ACTIVATION_FLOOR):
+    """float32 max(amax, floor) / 448 of the bits of an amax; NaN (the canonical one) and Inf stay.
+
+    FLOOR is the bits of 1e-4 or another number, at least 2**-53.
+    """
+    floored = tl.maximum(amax, FLOOR).to(tl.float32, bitcast=True)
     # One correction is exact for 448: every mantissa was tried.
     bits = exact_quotient(floored, 448.0, 1.0 / 448.0, 1).to(tl.int32, bitcast=True)
     bits = tl.where(amax < _INF, bits, tl.where(amax == _INF, _INF, _NAN))

@@ -11,8 +11,10 @@ a thread 16 adjacent values, two 16-byte loads and one 16-byte store, and 8 thre
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -79,6 +81,7 @@ def _quantize_activation_kernel(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     POW2: tl.constexpr,
+    FLOOR: tl.constexpr,
     NATIVE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -89,14 +92,19 @@ def _quantize_activation_kernel(
     column = group[:, None] * GROUP_SIZE + inside[None, :]  # (ROWS * GROUPS, WIDTH)
     mask = (row < rows)[:, None] & (column < columns) & (inside < GROUP_SIZE)[None, :]
     x = widen(tl.load(x_ptr + row[:, None] * x_stride + column, mask=mask, other=0.0))
-    scale = activation_scale(tl.max(magnitude(x), axis=1), POW2)
+    scale = activation_scale(tl.max(magnitude(x), axis=1), POW2, FLOOR)
     codes = scaled_codes(x, scale[:, None], CORRECTIONS, POW2, NATIVE)
     tl.store(codes_ptr + row[:, None] * columns + column, codes, mask=mask)
     tl.store(scale_ptr + row * scale_row_stride + group * scale_group_stride, scale, mask=row < rows)
 
 
 def quantize_activation(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, group_size: int, pow2: bool
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    group_size: int,
+    pow2: bool,
+    amax_floor: float,
 ) -> None:
     """Fill `codes` (M, K), contiguous, and `scale` (M, ceil(K/G)) from x (M, K) with unit stride along K."""
     rows, columns = x.shape
@@ -117,7 +125,14 @@ def quantize_activation(
             ROWS=tiles.rows,
             GROUPS=tiles.groups,
             POW2=pow2,
+            FLOOR=_bits(amax_floor),
             NATIVE=converts_to_e4m3(x.device),
             num_warps=tiles.warps,
             **overlap(x.device),
         )
+
+
+@functools.cache
+def _bits(x: float) -> int:
+    """Of a positive float32 number."""
+    return int(np.float32(x).view(np.int32))
