@@ -4,13 +4,15 @@
 #   make test    every test that needs no GPU
 #
 # Variables: PYTHON (the interpreter to build the environment with), VENV, PIP_FLAGS (options for every pip install,
-# say --index-url), DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS, ACCURACY_FLAGS.
+# say --index-url), DEMO_FLAGS, PYTEST_WORKERS (processes that share the tests; 0 for none), PYTEST_FLAGS,
+# BENCH_FLAGS, ACCURACY_FLAGS.
 # `make accuracy` also takes WIKITEXT (a file in place of the test split on the Hub), GUTENBERG (a folder with
 # train.txt.xz and val.txt) for calibration on books, and with it TINY (a checkpoint) for a second model.
 
 PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= build/accuracy
+PYTEST_WORKERS ?= 2
 WIKITEXT ?= wikitext2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
@@ -33,7 +35,7 @@ test: $(VENV)/.dev  ## style, import order and every test that needs no GPU
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/.dev  ## style, types and import order
 	$(BIN)/ruff check $(CODE)

@@ -1,5 +1,8 @@
 """Kernels are compiled into a cache of the tests' own, keyed on their sources, so that none is ever stale.
 
+Processes that share the tests (`pytest -n 2`) have a cache and one CPU thread each: numba writes the index of
+a cache and what it points to one after the other, so two that compile at once could mix them up.
+
 Without a GPU, Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported.
 """
 
@@ -9,12 +12,16 @@ import signal
 import tempfile
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # not where one process runs all tests
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
 import torch
 from hypothesis import settings
 
 _OPS = Path(__file__).parent.parent / "blockscale" / "ops"
 _KEY = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_OPS.glob("_*.py")))).hexdigest()[:16]
-os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"blockscale-numba-{os.getuid()}-{_KEY}")
+_CACHE = f"blockscale-numba-{os.getuid()}-{_KEY}{os.environ.get('PYTEST_XDIST_WORKER', '')}"
+os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / _CACHE)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -11,8 +11,9 @@ Sources: DeepSeek-V3's `README_WEIGHTS.md` and checkpoint (what is BF16 and F32 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal
 
 from blockscale.checkpoint.families import Family
@@ -62,8 +63,10 @@ _KEPT_ROLES: dict[Role, str] = {
 }
 
 _FUSED_EXPERTS = re.compile(r"(?:^|\.)experts\.(?:gate_up_proj|down_proj)$")
+_LAYER_NORM = re.compile(r"ln_?\w{1,2}")
 
 
+@functools.lru_cache(maxsize=1 << 17)  # the names of DeepSeek-V3 and of its scales: plans ask for each often
 def role_of(name: str) -> Role:
     """The role of a tensor, by its full name; a scale has the role of the weight it belongs to."""
     path = (scaled_weight_name(name) or name).split(".")
@@ -77,7 +80,7 @@ def role_of(name: str) -> Role:
         return "head"
     if leaf == "eh_proj" or modules == ["mtp", "fc"]:
         return "mtp_projection"
-    if "norm" in leaf or re.fullmatch(r"ln_?\w{1,2}", leaf):
+    if "norm" in leaf or _LAYER_NORM.fullmatch(leaf):
         return "norm"
     if _ROUTERS.intersection(modules) or parameter == "e_score_correction_bias":
         return "router"
@@ -98,7 +101,14 @@ def _block_role(segments: set[str]) -> Role:
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a shell-style pattern matches a full tensor name or its module path."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(module_path(name), pattern)
+    return bool(matcher(pattern)(name))
+
+
+@functools.lru_cache(maxsize=4096)
+def matcher(pattern: str) -> Callable[[str], object]:
+    """`matches` of one pattern, for many names: what it returns is true of those that match."""
+    # A module path is the name without ".weight".
+    return re.compile(f"{fnmatch.translate(pattern)}|{fnmatch.translate(f'{pattern}.weight')}").match
 
 
 def check_patterns(patterns: Iterable[str], names: Collection[str]) -> None:
@@ -108,7 +118,7 @@ def check_patterns(patterns: Iterable[str], names: Collection[str]) -> None:
         BlockscaleError: a pattern with a typo would do, silently, the contrary of what was meant.
     """
     for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
+        if not any(map(matcher(pattern), names)):
             raise BlockscaleError(
                 "pattern matches no tensor",
                 where=repr(pattern),

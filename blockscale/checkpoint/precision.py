@@ -12,12 +12,13 @@ A value is a `WeightFormat`: "fp8" has the blocks that the recipe has by default
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
-from blockscale.checkpoint.names import Role, check_patterns, matches, role_of
+from blockscale.checkpoint.names import Role, check_patterns, matcher, role_of
 from blockscale.errors import BlockscaleError
 from blockscale.formats import parse_block_size, spell_block_size
 from blockscale.group_spelling import GROUP_SPELLINGS, WrittenFormat, parse_group_format, spell_group_format
@@ -27,6 +28,7 @@ Kind = Literal["fp8", "bf16", "int4", "int3", "mxfp4"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _SPELLINGS = ("fp8", "fp8:ROWSxCOLUMNS", "bf16", *GROUP_SPELLINGS)
 ROLES: tuple[Role, ...] = ("attention", "dense_mlp", "shared_experts", "experts", "head")
+_ROLES_SET = frozenset((*ROLES, "other"))
 DEFAULT = "default"
 
 
@@ -107,17 +109,26 @@ class Precision:
     def format_of(self, name: str) -> WeightFormat | None:
         """What a tensor of this full name is to be; None leaves it as the checkpoint has it."""
         role = role_of(name)
-        if role not in (*ROLES, "other"):
+        if role not in _ROLES_SET:
             return None
-        general = [
-            wanted
-            for key, wanted in self.entries
-            if key == DEFAULT and not (role == "head" and wanted.quantizes)
-        ]
-        by_role = [wanted for key, wanted in self.entries if key == role]
-        by_pattern = [wanted for key, wanted in self.entries if _is_pattern(key) and matches(name, key)]
-        found = [*general, *by_role, *by_pattern]
-        return found[-1] if found else None
+        for found, wanted in self._patterns:
+            if found(name):
+                return wanted
+        return self._by_role.get(role)
+
+    @cached_property
+    def _patterns(self) -> tuple[tuple[Callable[[str], object], WeightFormat], ...]:
+        """The patterns, the one that counts first."""
+        return tuple((matcher(key), wanted) for key, wanted in reversed(self.entries) if _is_pattern(key))
+
+    @cached_property
+    def _by_role(self) -> dict[str, WeightFormat]:
+        """What weights have that no pattern names."""
+        named = dict(self.entries)
+        if DEFAULT not in named:
+            return named
+        wanted = named[DEFAULT]
+        return {role: wanted for role in _ROLES_SET if role != "head" or not wanted.quantizes} | named
 
     @property
     def quantizes(self) -> bool:
@@ -179,7 +190,7 @@ def check_followed(precision: Precision, names: Collection[str], reason: Callabl
     for key, wanted in precision.entries:
         if not wanted.quantizes or key == DEFAULT:
             continue
-        named = [name for name in names if (matches(name, key) if _is_pattern(key) else role_of(name) == key)]
+        named = _named_by(key, names)
         reasons = [reason(name) for name in named]
         if None not in reasons:
             raise BlockscaleError(
@@ -189,6 +200,12 @@ def check_followed(precision: Precision, names: Collection[str], reason: Callabl
                 got=f"{named[0]}: {reasons[0]}" if named else "no tensor of this role",
                 remedy="leave it out, or name something else",
             )
+
+
+def _named_by(key: str, names: Iterable[str]) -> list[str]:
+    if _is_pattern(key):
+        return list(filter(matcher(key), names))
+    return [name for name in names if role_of(name) == key]
 
 
 def _entry(text: object) -> tuple[str, Any]:

@@ -6,7 +6,7 @@ model of transformers does not have (a multi-token prediction layer) cannot chan
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +42,8 @@ class Unit:
 
     def nbytes(self, candidate: Candidate, family: Family) -> int:
         """In a format, scales included."""
-        return sum(candidate.nbytes(shape, family) for _, shape in self.signatures)
+        shapes = Counter(shape for _, shape in self.signatures)  # of hundreds of experts there are two
+        return sum(candidate.nbytes(shape, family) * count for shape, count in shapes.items())
 
     @property
     def elements(self) -> int:

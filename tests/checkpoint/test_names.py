@@ -3,7 +3,7 @@
 import pytest
 
 from blockscale.checkpoint.families import family_of, mtp_prefixes, stored_block_size
-from blockscale.checkpoint.names import keep_reason, role_of, sharing_groups
+from blockscale.checkpoint.names import keep_reason, matches, role_of, sharing_groups
 from blockscale.errors import BlockscaleError
 
 ATTN, MLP = "model.layers.3.self_attn.", "model.layers.3.mlp."
@@ -301,3 +301,18 @@ def test_fused_expert_parameters_are_one_group():
 def test_vision_towers_and_already_fused_layers_form_no_group():
     names = weights("vision_tower.layers.0.q_proj", "vision_tower.layers.0.k_proj", f"{ATTN}qkv_proj")
     assert sharing_groups(names) == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched", "others"),
+    [
+        ("*.q_proj", ["a.q_proj", "a.q_proj.weight"], ["a.q_proj.bias", "a.q_proj.weight.weight", "q_proj"]),
+        ("*.weight", ["a.weight", "a.weight.weight"], ["a.bias", "weight"]),
+        ("a?[0-9]", ["a.1", "a.1.weight", "ab3"], ["a.x", "A.1", "a.1\n"]),
+        ("a*b*c", ["abc", "abbcbc.weight", "a.b\nb.c"], ["acb", "abcd", "abc.weigh"]),
+        ("a[1", ["a[1", "a[1.weight"], ["a1", "a1.weight"]),
+    ],
+)
+def test_a_pattern_matches_whole_names_and_module_paths(pattern, matched, others):
+    assert all(matches(name, pattern) for name in matched)
+    assert not any(matches(name, pattern) for name in others)

@@ -187,7 +187,7 @@ def start(world, *arguments):
     ]
 
 
-def ends(processes, *, keep_open=False, timeout=100):
+def ends(processes, *, keep_open=False, timeout=250):
     """(exit code, standard error) of each; those that go on are a failure."""
     try:
         for each in () if keep_open else processes:

@@ -158,6 +158,8 @@ def test_bad_arguments_are_named():
     ("tokens", "topk", "experts", "columns"), [(1, 8, 66, 48), (9, 3, 10, 96), (128, 8, 20, 32)]
 )
 def test_a_room_for_every_expert(device, tokens, topk, experts, columns):
+    if device == "cpu":
+        tokens = min(tokens, 40)  # 320 slots: more than are compared at once, and more tokens than experts
     codes, scale = quantize_activation(data.gaussian((tokens, columns)), 16, scale_layout="column")
     expert_ids = routing(tokens, topk, experts).int()
     expert_ids[0, 0] = -1

@@ -4,6 +4,8 @@ Without a GPU, Triton's interpreter runs the kernels on small shapes (tests/conf
 they are compiled, and see the shapes of models too.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -28,6 +30,7 @@ from blockscale.ops._triton.w4a8_grouped import W4GroupedConfig
 LIMIT = 1e-5
 INTERPRETER_BF16_LIMIT = 2.5e-5  # it cuts float32 to bfloat16 instead of rounding
 N, K = 144, 576  # two and a bit tiles, four and a half groups
+KINDS, DTYPES = ["int4", "mxfp4"], [torch.bfloat16, torch.float32]
 DEVICES = [
     pytest.param(
         "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs these kernels")
@@ -64,6 +67,18 @@ def places(configs, tiles):
     ]
 
 
+def with_more(cases, on_cpu, on_gpu):
+    """Cases with more values: those that `on_cpu` has for a configuration, or each of `on_gpu`.
+
+    The interpreter takes seconds for a kernel, and knows neither warps nor stages: a path through it once.
+    """
+    return [
+        pytest.param(*each.values, *more, marks=each.marks, id="-".join([each.id, *map(str, more)]))
+        for each in cases
+        for more in (on_cpu(each.values[1]) if each.values[0] == "cpu" else on_gpu)
+    ]
+
+
 def kernels(config, triton):
     """Where the kernels of a configuration or tile are."""
     if not isinstance(config, W4Tile):
@@ -73,12 +88,17 @@ def kernels(config, triton):
     return cuda_kernels
 
 
+def inputs(device):
+    """K of experts: half a group behind four, or in the interpreter, which has no pipeline to fill, two."""
+    return 320 if device.type == "cpu" else K
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     return torch.device(request.param)
 
 
-@pytest.fixture(params=["int4", "mxfp4"])
+@pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
 
@@ -115,8 +135,16 @@ def assert_rows_close(got, expected):
         assert calc_diff(one, other) < (INTERPRETER_BF16_LIMIT if cut else LIMIT), f"row {row}"
 
 
-@pytest.mark.parametrize(("device", "config"), places(DENSE, TILES), indirect=["device"])
-@pytest.mark.parametrize("m", [0, 1, 7, 70, 300])
+# 150 rows are ten tiles of 16, more than the eight that go together; from 257 on the largest tile is chosen.
+@pytest.mark.parametrize(
+    ("device", "config", "m"),
+    with_more(
+        places(DENSE, TILES),
+        on_cpu=lambda config: [(m,) for m in (0, 1, 7, 70, 150 if config else 300)],
+        on_gpu=[(m,) for m in (0, 1, 7, 70, 300)],
+    ),
+    indirect=["device"],
+)
 def test_any_number_of_rows_and_ragged_blocks(device, kind, config, m):
     a, a_scale = rows_of((m, K), device)
     b = weight_of((N, K), kind, device)
@@ -171,12 +199,21 @@ def test_split_k_gives_the_same_bits_whatever_the_workspace_held(device, monkeyp
         assert_bitwise_equal(run(), expected)
 
 
-@pytest.mark.parametrize(("device", "config"), places(GROUPED, TILES), indirect=["device"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+# What reads weights knows nothing of what writes results: every tile with either kind and either dtype.
+@pytest.mark.parametrize(
+    ("device", "config", "kind", "dtype"),
+    with_more(
+        places(GROUPED, TILES),
+        on_cpu=lambda config: list(zip(KINDS, DTYPES, strict=True)),
+        on_gpu=list(itertools.product(KINDS, DTYPES)),
+    ),
+    indirect=["device", "kind"],
+)
 def test_contiguous_experts_empty_ones_and_padding(device, kind, config, dtype):
-    a, a_scale = rows_of((640, K), device)
+    k = inputs(device)
+    a, a_scale = rows_of((640, k), device)
     a.view(torch.uint8)[230:256] = 0x7F  # padding may hold anything
-    b = weight_of((4, N, K), kind, device)
+    b = weight_of((4, N, k), kind, device)
     indices = torch.full((640,), -1, dtype=torch.int32, device=device)
     indices[:230], indices[256:257], indices[384 : 384 + 27] = 2, 0, 3
     out = poisoned((640, N), dtype, device)
@@ -187,11 +224,20 @@ def test_contiguous_experts_empty_ones_and_padding(device, kind, config, dtype):
     assert_rows_close(out[counted], expected[counted])
 
 
-@pytest.mark.parametrize(("device", "config"), places(GROUPED, TILES), indirect=["device"])
-@pytest.mark.parametrize("expected_m", [1, 40])
+# Without a configuration 1 and 40 expected rows choose tiles of 16 and 64; 40 are several programs of 16.
+@pytest.mark.parametrize(
+    ("device", "config", "expected_m"),
+    with_more(
+        places(GROUPED, TILES),
+        on_cpu=lambda config: {GROUPED[0]: [(1,), (40,)], GROUPED[1]: [(40,)], GROUPED[2]: []}[config],
+        on_gpu=[(1,), (40,)],
+    ),
+    indirect=["device"],
+)
 def test_masked_experts_write_their_rows_and_no_others(device, kind, config, expected_m):
-    a, a_scale = rows_of((5, 80, K), device)
-    b = weight_of((5, N, K), kind, device)
+    k = inputs(device)
+    a, a_scale = rows_of((5, 80, k), device)
+    b = weight_of((5, N, k), kind, device)
     counts = [0, 1, 17, 80, 400]  # more than there is room for means all of them
     out = poisoned((5, 80, N), torch.bfloat16, device)
     masked_m = torch.tensor(counts, dtype=torch.int32, device=device)

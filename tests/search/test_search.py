@@ -1,5 +1,6 @@
 """From checkpoints to recipes: sizes to the byte, costs that add up, what was measured."""
 
+import functools
 import json
 import math
 
@@ -31,6 +32,7 @@ CPU = Loading("transformers", "cpu", torch.float32)
 MIXED = Recipe(layout="compressed-tensors")
 
 
+@functools.cache  # what several tests look at is searched for once
 def found(folder, goal, base=None, ids=IDS, formats=(), **options):
     return search(open_space(str(folder), base, formats), goal, ids, loading=CPU, **options)
 
