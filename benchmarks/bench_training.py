@@ -15,7 +15,7 @@ would have brought:
 All trainings run at once, a process each; seconds are therefore those of a shared device. Each checkpoint is
 verified and read back by `evaluate` with quantized activations, beside bf16 on the same tokens. Of the gap of
 perplexity between bf16 and plain, a case recovers (plain - case) / (plain - bf16). Results, curves included,
-go to benchmarks/results/training.jsonl; `plot_training.py` draws them.
+go to benchmarks/results/training.jsonl.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ class Case:
         scales, _, changed = self.name.partition(":")
         asked = {
             "max-steps": options.steps, "batch": options.batch, "context": options.context, "lr": options.lr,
-            "eval-data": options.val, "eval-windows": options.checks, "eval-every": max(1, options.steps // 10),
-            "save-every": options.steps, "device": options.device, "out": out,
+            "eval-data": options.val, "eval-windows": options.checks,
+            "eval-every": max(1, options.steps // 10), "save-every": options.steps, "device": options.device,
+            "out": out,
         }  # fmt: skip
         if self.name == BF16:
             asked["recipe"] = "none"

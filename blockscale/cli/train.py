@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -192,7 +192,9 @@ def _qat(
 
     if compute is ProductsChoice.auto:
         compute = ProductsChoice.bfloat16 if device == "cuda" else ProductsChoice.float32
-    products = "fp8" if compute is ProductsChoice.fp8 else getattr(torch, compute.value)
+    products: torch.dtype | Literal["fp8"] = (
+        "fp8" if compute is ProductsChoice.fp8 else getattr(torch, compute.value)
+    )
     return QatOptions(scales.value, activations.value, compute=products)
 
 
