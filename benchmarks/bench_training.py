@@ -1,7 +1,8 @@
 """What training through the rounding wins back: against plain and calibrated rounding, at equal steps.
 
     python benchmarks/bench_training.py --model NAME=FOLDER --data TEXT --val TEXT [--recipe w4a8]
-        [--cases dynamic learned dynamic:lr=1e-4] [--steps 1000] [--batch 64] [--context 512] [--lr 1e-4]
+        [--cases dynamic learned:lr=1e-4,initial=calibrated dynamic:distill=source] [--steps 1000]
+        [--batch 64] [--context 512] [--lr 1e-4]
         [--calibrate TEXT --calibration-tokens 131072] [--also NAME=TEXT] [--windows 160] [--device auto]
 
 Everything has had the same steps on the same text, so that nothing is counted as won that more training alone
@@ -10,22 +11,28 @@ would have brought:
     bf16        the model, trained on without rounding: the reference of all others
     plain       that one, rounded to nearest by the recipe
     calibrated  that one, rounded by calibration on the text
-    a case      trained through the rounding, as `blockscale train --recipe ...` does it
+    a case      trained through the rounding, as `blockscale train --recipe ...` does it;
+                `initial=calibrated` begins with the codes of the model calibrated on the text,
+                `distill=source` learns its predictions
+    source      the model before any training, which a case may not be worse than for all that, and
+    source plain, rounded to nearest
 
 All trainings run at once, a process each; seconds are therefore those of a shared device. Each checkpoint is
 verified and read back by `evaluate` with quantized activations, beside bf16 on the same tokens. Of the gap of
-perplexity between bf16 and plain, a case recovers (plain - case) / (plain - bf16). Results, curves included,
-go to benchmarks/results/training.jsonl.
+perplexity between bf16 and plain, a case recovers (plain - case) / (plain - bf16); of that between source and
+source plain likewise. Results, curves included, go to benchmarks/results/training.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +55,7 @@ from blockscale.testing.bench import append_result, environment
 
 RESULTS = Path(__file__).parent / "results" / "training.jsonl"
 BF16, PLAIN, CALIBRATED = "bf16", "plain", "calibrated"
+SOURCE, SOURCE_PLAIN, INITIAL = "source", "source plain", "initial"
 CURVE = 200  # points of a curve that are kept
 
 
@@ -75,8 +83,12 @@ class Case:
                 "masters": out.with_name(out.name + "-masters"),
             }
             asked |= dict(pair.split("=") for pair in changed.split(",") if pair)
+            named = {CALIBRATED: place(out.parent, INITIAL), SOURCE: options.source}
+            asked |= {
+                name: named.get(asked[name], asked[name]) for name in ("initial", "distill") if name in asked
+            }
         flags = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
-        return [options.model.partition("=")[2], str(options.data), *flags, "--json"]
+        return [options.source, str(options.data), *flags, "--json"]
 
 
 def train_all(cases: Sequence[Case], options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
@@ -101,40 +113,33 @@ def train_all(cases: Sequence[Case], options: argparse.Namespace, folder: Path) 
 
 def place(folder: Path, name: str) -> Path:
     """Where a checkpoint of this name lies."""
-    return folder / name.replace(":", "-").replace("=", "-").replace(",", "-")
+    return folder / re.sub(r"[^\w.-]+", "-", name)
 
 
-def round_afterwards(folder: Path, recipe: Recipe, options: argparse.Namespace) -> Iterator[str]:
-    """Quantize what was trained without rounding, plainly and calibrated."""
-    source = place(folder, BF16)
-    rounders: dict[str, Any] = {PLAIN: None}
-    if options.calibrate:
-        text = Calibration(
-            (read_text(options.calibrate),), Tokenizer(str(source)).encode, options.calibration_tokens
-        )
-        rounders[CALIBRATED] = CalibratedRounder(open_source(str(source)), text, options.device)
-    for name, rounder in rounders.items():
-        run = RunOptions(device=options.device)
-        quantize_checkpoint(source, place(folder, name), recipe, run=run, rounder=rounder)
-        yield name
+def round_with(
+    source: Path | str, out: Path, recipe: Recipe, options: argparse.Namespace, *, text: bool
+) -> None:
+    """Quantize a checkpoint, plainly or calibrated on the text for it."""
+    rounder = None
+    if text:
+        read = (read_text(options.calibrate),)
+        calibration = Calibration(read, Tokenizer(str(source)).encode, options.calibration_tokens)
+        rounder = CalibratedRounder(open_source(str(source)), calibration, options.device)
+    quantize_checkpoint(source, out, recipe, run=RunOptions(device=options.device), rounder=rounder)
 
 
-def check(folder: Path, name: str, *, trained: bool) -> float:
+def check(out: Path, against: Path | str) -> float:
     """The relative error of a checkpoint's weights; fails if it does not verify."""
-    out = place(folder, name)
-    against = out.with_name(out.name + "-masters") if trained else place(folder, BF16)
     found = verify_checkpoint(out, against)
     if not found.ok:
         raise SystemExit(f"error: {out} does not verify: {found.problems[:1]}")
     return float(found.relative_error or 0.0)
 
 
-def score(folder: Path, name: str, text: Text, device: str) -> dict[str, Any]:
+def score(out: Path, reference: Path | str, text: Text, device: str) -> dict[str, Any]:
     """Perplexity beside the one without rounding, paired."""
     loading = Loading(device=device, dtype=torch.float32)
-    scores = evaluate(
-        str(place(folder, name)), text, reference=str(place(folder, BF16)), loading=loading
-    ).scores
+    scores = evaluate(str(out), text, reference=str(reference), loading=loading).scores
     assert scores is not None
     return asdict(scores)
 
@@ -147,45 +152,58 @@ def thinned(values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def run(options: argparse.Namespace, folder: Path) -> None:
     """Train, round, read back, record."""
-    model = options.model.partition("=")[0]
-    cases = [Case(name) for name in (BF16, *options.cases)]
-    told = train_all(cases, options, folder)
-    done = [*options.cases, *round_afterwards(folder, read_recipe(options.recipe), options)]
+    model, _, options.source = options.model.partition("=")
+    recipe, bf16 = read_recipe(options.recipe), place(folder, BF16)
+    if any(f"initial={CALIBRATED}" in name for name in options.cases):
+        round_with(options.source, place(folder, INITIAL), recipe, options, text=True)
+    told = train_all([Case(name) for name in (BF16, *options.cases)], options, folder)
+    masters = {
+        name: place(folder, name).with_name(place(folder, name).name + "-masters") for name in options.cases
+    }
+    made_from = {**masters, PLAIN: bf16, SOURCE_PLAIN: options.source}
+    made_from |= {CALIBRATED: bf16} if options.calibrate else {}
+    for name in made_from.keys() - masters.keys():
+        round_with(made_from[name], place(folder, name), recipe, options, text=name == CALIBRATED)
     texts = {"val": options.val, **dict(each.split("=", 1) for each in options.also)}
     figures: dict[str, dict[str, Any]] = {}
-    for name in done:
-        error = check(folder, name, trained=name in options.cases)
+    for name, against in made_from.items():
+        reference = options.source if name == SOURCE_PLAIN else bf16
         found = {
             label: score(
-                folder, name, Text(data, context=options.context, limit=options.windows), options.device
+                place(folder, name),
+                reference,
+                Text(data, context=options.context, limit=options.windows),
+                options.device,
             )
             for label, data in texts.items()
         }
-        figures[name] = {"relative_error": error, "texts": found}
+        figures[name] = {"relative_error": check(place(folder, name), against), "texts": found}
         say(name, found)
-    for name in (BF16, *done):
+    for name in (BF16, *made_from):
         record = {
             "benchmark": "training", "model": model, "case": name, "recipe": Path(options.recipe).stem,
             "steps": options.steps, "batch": options.batch, "context": options.context, "lr": options.lr,
             "data": Path(options.data).name, "windows": options.windows,
             "training": name in told and curve(told[name]),
-            "figures": figures.get(name), "recovered": share(figures, name), **environment(),
+            "figures": figures.get(name),
+            "recovered": name in (*masters, CALIBRATED) and share(figures, name), **environment(),
         }  # fmt: skip
         append_result(options.results, record)
 
 
-def share(figures: dict[str, dict[str, Any]], name: str) -> dict[str, float] | None:
-    """Text -> share of the gap to plain rounding that a case closes."""
-    if name in (BF16, PLAIN):
-        return None
-    return {
-        label: recovered(
-            found["against"]["perplexity"]["value"],
-            figures[PLAIN]["texts"][label]["perplexity"]["value"],
-            found["perplexity"]["value"],
-        )
-        for label, found in figures[name]["texts"].items()
-    }
+def share(figures: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, float | None]]:
+    """Text -> shares of the gaps to plain rounding that a case closes, after training and before any.
+
+    None where there is no gap.
+    """
+    found: dict[str, dict[str, float | None]] = {}
+    for label, each in figures[name]["texts"].items():
+        own = each["perplexity"]["value"]
+        for reference, plain in ((BF16, PLAIN), (SOURCE, SOURCE_PLAIN)):
+            rounded = figures[plain]["texts"][label]
+            won = recovered(rounded["against"]["perplexity"]["value"], rounded["perplexity"]["value"], own)
+            found.setdefault(label, {})[reference] = None if math.isnan(won) else won
+    return found
 
 
 def curve(told: dict[str, Any]) -> dict[str, Any]:
