@@ -77,23 +77,10 @@ CUDA_VARIANTS = (
     W4Tile(rows=64),
     W4Tile(),
     W4Tile(cluster=2),
-    # Three warpgroups with fewer sums each: while one promotes, two are left to multiply.
-    W4Tile(warpgroups=3, waves=1),
-    W4Tile(warpgroups=3, waves=1, cluster=2),
     # Half as many rows of a, twice as many blocks, where dense products give too few.
     W4Tile(rows=32, warpgroups=1, waves=1),
-    W4Tile(rows=32, waves=1),
-    # Warpgroups out of step.
-    W4Tile(cluster=2, turns=1),
-    W4Tile(cluster=2, turns=2),
-    # Products in flight while others are promoted, and chunks of which no row counts left out.
-    W4Tile(cluster=2, unit=32),
-    W4Tile(cluster=2, unit=32, turns=2),
+    # 32 rows at a time left out if none of them counts.
     W4Tile(unit=32),
-    W4Tile(cluster=2, unit=32, parts=1),
-    W4Tile(cluster=2, unit=32, parts=3),
-    W4Tile(cluster=2, unit=64, parts=1),
-    W4Tile(rows=64, unit=32, parts=1),
 )
 DENSE_VARIANTS = {
     16: (
@@ -123,7 +110,7 @@ def variants(case: Case) -> Iterator[Any]:
         yield from CUDA_VARIANTS if case.tokens > 16 else ()
         return
     if case.tokens > 16 or case.layout == "contiguous":
-        yield from (tile for tile in CUDA_VARIANTS if tile.waves == 2 or tile.warpgroups == 3)
+        yield from (tile for tile in CUDA_VARIANTS if tile.waves == 2)
     least, most = max(16, min(64, case.tokens // 2)), max(16, 2 * case.tokens - 1)
     if case.layout == "contiguous" and case.tokens <= 48:
         least, most = 16, 64  # what a tile computes is narrower where there are few rows

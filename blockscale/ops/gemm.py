@@ -70,8 +70,9 @@ def m_grouped_fp8_gemm_nt_contiguous(
 ) -> torch.Tensor:
     """Every row of `a` times the weight of its own expert; rows of an expert stand together.
 
-    The segment of every expert is padded to a multiple of 128 rows, so that 128 rows from a multiple of 128
-    on have one expert (`moe_permute` makes such segments).
+    The segment of every expert is padded at its end to a multiple of 128 rows, so that 128 rows from a
+    multiple of 128 on have one expert, and those that count stand before padding (`moe_permute` makes such
+    segments).
 
     Args:
         a: (M, K), float8_e4m3fn, row-major; M a multiple of 128.

@@ -84,7 +84,8 @@ def m_grouped_w4a8_gemm_nt_contiguous(
 ) -> torch.Tensor:
     """Every row of `a` times the weight of its own expert; rows of an expert stand together.
 
-    Rows are laid out as for `m_grouped_fp8_gemm_nt_contiguous`: segments of a multiple of 128.
+    Rows are laid out as for `m_grouped_fp8_gemm_nt_contiguous`: segments of a multiple of 128, in which rows
+    that count stand before padding. Kernels rely on it: what stands behind padding may be left out.
 
     Args:
         a: (M, K), float8_e4m3fn, row-major; M a multiple of 128.

@@ -245,19 +245,6 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Arrives where named_sync waits.
-__device__ __forceinline__ void named_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Does nothing for so many clock cycles.
-__device__ __forceinline__ void pause(u32 cycles) {
-  u32 began, now;
-  asm volatile("mov.u32 %0, %%clock;" : "=r"(began)::"memory");
-  do asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
-  while (now - began < cycles);
-}
-
 // ---- memory --------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float load_shared(u32 address) {

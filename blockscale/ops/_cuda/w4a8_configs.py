@@ -31,10 +31,8 @@ class W4Tile:
         cluster: blocks that load the rows of a together, 1 or 2.
         occupancy: blocks on a multiprocessor.
         band: tiles of M after which the order of tiles moves on along N.
-        unit: rows of a in a product, 32 or 64, of which some are in flight while others are promoted
-            (`w4a8_units.cuh`); 0 for halves of the tile, waited for before they are promoted.
-        parts: with units, partial sums of a warpgroup.
-        turns: 1 if the warpgroups take turns (without units only), 2 if one merely starts later.
+        unit: rows of a in a product, 32, and left out if none of them counts (`w4a8_units.cuh`); 0 for halves
+            of the tile (`w4a8_multiply.cuh`).
     """
 
     rows: int = 128
@@ -44,8 +42,6 @@ class W4Tile:
     occupancy: int = 1
     band: int = 8
     unit: int = 0
-    parts: int = 2
-    turns: int = 0
 
     @property
     def block_n(self) -> int:
@@ -100,7 +96,7 @@ class W4Tile:
             "BM": self.rows, "WGS": self.warpgroups, "WAVES": self.waves, "STAGES": self.stages(out_float32),
             "CLUSTER": self.cluster, "OCCUPANCY": self.occupancy, "GROUP": self.band,
             "KIND": KINDS.index(kind), "BIAS": bias, "OUT_F32": out_float32, "MXFP4": mxfp4,
-            "UNIT": self.unit, "PARTS": self.parts, "TURNS": self.turns,
+            "UNIT": self.unit,
             "MATH_REGISTERS": math_registers, "FEED_REGISTERS": feed_registers,
         }  # fmt: skip
         headers = {
@@ -112,8 +108,11 @@ class W4Tile:
 
 # For grouped products of many rows.
 _GROUPED = W4Tile(cluster=2)
+# For contiguous rows where each expert has one segment, of which the host cannot know how many rows count.
+_ONE_SEGMENT = W4Tile(unit=32)
 # For dense products, the smallest tile first.
 _DENSE = (
+    W4Tile(rows=32, warpgroups=1, waves=1),
     W4Tile(rows=64, warpgroups=1, waves=1),
     W4Tile(rows=64, waves=1),
     W4Tile(waves=1),
@@ -125,14 +124,15 @@ _DENSE = (
 def choose(kind: Kind, sizes: tuple[int, int, int], experts: int, processors: int) -> W4Tile:
     """The tile for sizes (M, N, K), M counted in rows of one expert if masked.
 
-    By what measured fastest on an H100: masked experts of up to 64 rows take tiles of as many; dense products
-    take the smallest tile of which every multiprocessor has one at most, and the largest if there is none.
+    By what measured fastest on an H100 and an H200: masked experts of up to 64 rows take tiles of as many;
+    contiguous rows of 128 an expert or fewer, tiles that leave out 32 rows at a time; dense products take the
+    smallest tile of which every multiprocessor has one at most, and the largest if there is none.
     """
     m, n, _ = sizes
     if kind == "masked":
         return W4Tile(rows=64) if m <= 64 else _GROUPED
     if kind == "contiguous":
-        return _GROUPED
+        return _ONE_SEGMENT if m <= 128 * experts else _GROUPED
     for tile in _DENSE:
         rows, columns = tile.super_tile
         if math.ceil(m / rows) * math.ceil(n / columns) <= processors:

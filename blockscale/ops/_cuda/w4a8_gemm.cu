@@ -11,7 +11,8 @@
 // of its two rows, and what few instructions make of a word *is* two registers of the operand. Unpacked weights are
 // never written anywhere, which leaves shared memory to the rows of a.
 // How products and promotions follow one another: w4a8_multiply.cuh (UNIT = 0), in two halves of the rows of a, of
-// which one is left out if no row of it counts; or w4a8_units.cuh. Warpgroups share nothing but the ring.
+// which one is left out if no row of it counts; or w4a8_units.cuh, in four quarters. Warpgroups share nothing but the
+// ring.
 // CLUSTER = 2: two blocks share the rows of a, each loads half for both.
 #include "config.cuh"
 #include "common.cuh"
@@ -41,15 +42,18 @@ __device__ __forceinline__ int rows_of(const Problem& problem, int expert) {
 
 #include "schedule.cuh"
 
-// How many chunks of UNIT_M rows of a tile there are up to the last one of which a row counts: rows that do stand
-// before those that do not.
+// Whether any row counts of chunk number `chunk` of UNIT_M rows of a tile. Rows that count stand before those that do
+// not, in a segment as in an expert's room: the first row of the chunk tells.
+__device__ __forceinline__ bool counts(const Problem& problem, const Tile& tile, int chunk) {
+  const int first = tile.m0 + chunk * UNIT_M;
+  return KIND == 1 ? load_int(problem.layout + first) >= 0 : first < tile.rows;
+}
+
+// How many chunks of a tile count; the first one always does.
 __device__ __forceinline__ int chunks_of(const Problem& problem, const Tile& tile) {
   int chunks = 1;
 #pragma unroll
-  for (int i = 1; i < CHUNKS; ++i) {
-    const int first = tile.m0 + i * UNIT_M;
-    chunks += KIND == 1 ? load_int(problem.layout + first) >= 0 : first < tile.rows;
-  }
+  for (int chunk = 1; chunk < CHUNKS; ++chunk) chunks += counts(problem, tile, chunk);
   return chunks;
 }
 

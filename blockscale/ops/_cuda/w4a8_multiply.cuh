@@ -1,12 +1,8 @@
 // One warpgroup's stages, with its products waited for before they are promoted: the plain loop. Included by
 // w4a8_gemm.cu, whose names it uses.
-//
-// Left to themselves the two warpgroups keep the step they started in: where tensor cores serve both alike, both wait
-// for products at the same time and both promote at the same time. TURNS = 1: one starts products only when the other's
-// are half done. TURNS = 2: the second merely starts later, by the time of the first one's products.
 #pragma once
 
-static_assert(TURNS == 0 || WGS == 2, "turns are between two");
+static_assert(CHUNKS == 2, "halves");
 
 // What a warpgroup does with the stages of all its tiles.
 struct Multiplier {
@@ -61,33 +57,19 @@ struct Multiplier {
     }
   }
 
-  // Whether any of the second half of a tile's rows counts.
-  __device__ __forceinline__ bool needs_both(const Tile& tile) const {
-    const int second = tile.m0 + UNIT_M;
-    return KIND == 1 ? load_int(problem.layout + second) >= 0 : second < tile.rows;
-  }
-
-  // Adds the products of a stage to acc; w[0] has been made, and is made for the next stage. meanwhile() is called
-  // while the tensor cores work, before acc is used; it tells whether there is a next stage.
+  // Adds the products of a stage to acc, of the second half of the rows only if `both` count; w[0] has been made, and
+  // is made for the next stage. meanwhile() is called while the tensor cores work, before acc is used; it tells whether
+  // there is a next stage.
   template <class Function>
   __device__ __forceinline__ void step(float (&acc)[WAVES][CHUNKS][SUMS], Operand (&w)[WAVES], const bool& both,
                                        Function&& meanwhile) {
     const int stage = slot.stage;
     const u32 a = operand_start(memory.a(stage));
     float part[WAVES][SUMS];
-    if constexpr (TURNS == 1) {
-      if constexpr (WAVES == 2) make(w[1], 1);
-      take_turn();
-#pragma unroll
-      for (int wave = 0; wave < WAVES; ++wave) start(part[wave], w[wave], a);
-      wgmma_wait<WAVES - 1>();
-      pass_turn();
-    } else {
-      start(part[0], w[0], a);
-      if constexpr (WAVES == 2) {
-        make(w[1], 1);
-        start(part[1], w[1], a);
-      }
+    start(part[0], w[0], a);
+    if constexpr (WAVES == 2) {
+      make(w[1], 1);
+      start(part[1], w[1], a);
     }
     const bool another = meanwhile();
     finish(part, w);
@@ -95,11 +77,9 @@ struct Multiplier {
 
     slot.advance();
     if (both) {
-      take_turn();
 #pragma unroll
       for (int wave = 0; wave < WAVES; ++wave) start(part[wave], w[wave], a + (UNIT_M * BK >> 4));
       wgmma_wait<WAVES - 1>();
-      pass_turn();
       pin(w[0]);
       if (another) begin(w[0]);
       finish(part, w);
@@ -108,14 +88,6 @@ struct Multiplier {
       begin(w[0]);
     }
     release(memory.empty(stage));
-  }
-
-  __device__ __forceinline__ void take_turn() const {
-    if constexpr (TURNS == 1) named_sync(1 + WGS + warpgroup, MATH_THREADS);
-  }
-
-  __device__ __forceinline__ void pass_turn() const {
-    if constexpr (TURNS == 1) named_arrive(2 + WGS - warpgroup, MATH_THREADS);
   }
 
   // Waits for the products of all waves.
@@ -136,21 +108,18 @@ struct Multiplier {
     const int last = problem.steps - 1;
     bool more = scheduler.take(tile), pending = false, both = true;
     if (more) begin(w[0]);
-    if (TURNS == 1 && warpgroup == 1) pass_turn();
-    if (TURNS == 2 && warpgroup == 1) pause(64 * WAVES * UNIT_M / 32);
     while (more) {
       step(acc, w, both, [&] {
         if (pending) store_tile(problem, out, done, acc, memory, warpgroup);
         clear(acc);
         done = tile;
-        both = needs_both(tile);
+        both = counts(problem, tile, 1);
         pending = true;
         more = scheduler.take(tile);
         return last > 0 || more;
       });
       for (int k = 1; k <= last; ++k) step(acc, w, both, [&] { return k < last || more; });
     }
-    if (TURNS == 1 && warpgroup == 0) take_turn();
     if (!pending) return;
     store_tile(problem, out, done, acc, memory, warpgroup);
     if (threadIdx.x % 128 == 0) store_wait();
@@ -158,7 +127,7 @@ struct Multiplier {
 
   static __device__ __forceinline__ void clear(float (&acc)[WAVES][CHUNKS][SUMS]) {
 #pragma unroll
-    for (int i = 0; i < WAVES * 2 * SUMS; ++i) acc[i / SUMS / 2][i / SUMS % 2][i % SUMS] = 0.0f;
+    for (int i = 0; i < WAVES * CHUNKS * SUMS; ++i) acc[i / SUMS / CHUNKS][i / SUMS % CHUNKS][i % SUMS] = 0.0f;
   }
 };
 

@@ -1,24 +1,16 @@
-// One warpgroup's stages, with products in flight while others are promoted: the loop over units. Included by
-// w4a8_gemm.cu, whose names it uses.
+// One warpgroup's stages, for tiles of which few rows of a may count: chunks of UNIT_M rows, of which those at the end
+// are neither loaded nor multiplied if no row of them counts (step_few), and a loop over units where all do (step).
+// Included by w4a8_gemm.cu, whose names it uses.
 //
-// A unit is 64 rows of w by UNIT_M rows of a. Unit u of a stage belongs to wave u / CHUNKS and to the rows of chunk
-// u % CHUNKS; its sums lie in part[u % PARTS]. They are multiplied by w_scale, which frees the registers, unit
-// u + PARTS is started, and only then comes the other half of the promotion: products are always in flight. All units of a wave
-// stand together: its operand is free for the next stage while the other wave is multiplied, and is made then.
-// No two paths meet, and no loop ends, where products are in flight, or the compiler waits for every one of them. So
-// tiles of which chunks do not count take a loop of their own.
+// A unit is 64 rows of w by a chunk. Unit u of a stage belongs to wave u / CHUNKS and to chunk u % CHUNKS; its sums lie
+// in part[u % 2]. They are multiplied by w_scale, which frees the registers, unit u + 2 is started, and only then comes
+// the other half of the promotion. All units of a wave stand together: its operand is free for the next stage while the
+// other wave is multiplied, and is made then. No two paths meet, and no loop ends, where products are in flight, or the
+// compiler waits for every one of them: hence two loops.
 #pragma once
 
-constexpr int UNITS = WAVES * CHUNKS;
-static_assert(WAVES == 2 && CHUNKS > PARTS && TURNS != 1, "units");
-
-// wgmma_wait of a number that is known once loops are unrolled.
-__device__ __forceinline__ void wait_but(int pending) {
-  if (pending == 0) wgmma_wait<0>();
-  if (pending == 1) wgmma_wait<1>();
-  if (pending == 2) wgmma_wait<2>();
-  if (pending == 3) wgmma_wait<3>();
-}
+constexpr int UNITS = 2 * CHUNKS;
+static_assert(WAVES == 2 && CHUNKS == 4, "units");
 
 struct Multiplier {
   const Problem& problem;
@@ -67,15 +59,16 @@ struct Multiplier {
 
   static __device__ __forceinline__ u32 chunk_of(u32 a, int chunk) { return a + (chunk * UNIT_M * BK >> 4); }
 
-  // Starts the first units of a stage.
-  static __device__ __forceinline__ void lead(float (&part)[PARTS][SUMS], Operand (&w)[WAVES], u32 a) {
-#pragma unroll
-    for (int u = 0; u < PARTS; ++u) start(part[u], w[0], chunk_of(a, u));
+  // Starts the first two units of a stage.
+  __device__ __forceinline__ void lead(float (&part)[2][SUMS], Operand (&w)[WAVES], int stage) const {
+    const u32 a = operand_start(memory.a(stage));
+    start(part[0], w[0], a);
+    start(part[1], w[0], chunk_of(a, 1));
   }
 
   // Adds the products of a stage, whose first units are in flight, to acc. w[1] is made for it, w[0] for the next
   // stage, if there is `another`.
-  __device__ __forceinline__ void step(Sums& acc, float (&part)[PARTS][SUMS], Operand (&w)[WAVES], int& stage,
+  __device__ __forceinline__ void step(Sums& acc, float (&part)[2][SUMS], Operand (&w)[WAVES], int& stage,
                                        const bool& another) {
     const u32 a = operand_start(memory.a(stage));
     float rows[WAVES][2];
@@ -83,15 +76,16 @@ struct Multiplier {
     load_rows(rows[0], stage, 0);
 #pragma unroll
     for (int u = 0; u < UNITS; ++u) {
-      const int ahead = u + PARTS, wave = u / CHUNKS, chunk = u % CHUNKS;
+      const int ahead = u + 2, wave = u / CHUNKS, chunk = u % CHUNKS;
       float scaled[SUMS];
-      wait_but(min(UNITS - 1 - u, PARTS - 1));
-      pin(part[u % PARTS]);
+      if (u + 1 < UNITS) wgmma_wait<1>();
+      else wgmma_wait<0>();
+      pin(part[u % 2]);
       pin(w[wave]);
 #pragma unroll
-      for (int i = 0; i < SUMS; ++i) scaled[i] = part[u % PARTS][i] * rows[wave][i / 2 % 2];
+      for (int i = 0; i < SUMS; ++i) scaled[i] = part[u % 2][i] * rows[wave][i / 2 % 2];
       pin(scaled);
-      if (ahead < UNITS) start(part[ahead % PARTS], w[ahead / CHUNKS], chunk_of(a, ahead % CHUNKS));
+      if (ahead < UNITS) start(part[ahead % 2], w[ahead / CHUNKS], chunk_of(a, ahead % CHUNKS));
       __syncwarp();  // to the compiler, the end of what it may mix with starting the products
       float2 columns[UNIT_M / 8];
       load_columns(columns, stage, chunk);
@@ -106,12 +100,11 @@ struct Multiplier {
   // What is made of operands beside unit u: in the first wave those of the second, in the second those of the next
   // stage.
   __device__ __forceinline__ void prepare(Operand (&w)[WAVES], int stage, int u, const bool& another) {
-    constexpr int SECOND = CHUNKS - PARTS > 1;
     if (u == 0) make(w[1], 1, stage, 0);
-    if (u == SECOND) make(w[1], 1, stage, 1);
+    if (u == 1) make(w[1], 1, stage, 1);
     if (u == CHUNKS && another) barrier_wait(memory.full(slot.stage), slot.phase);
     if (u == CHUNKS) make(w[0], 0, slot.stage, 0);
-    if (u == CHUNKS + SECOND) make(w[0], 0, slot.stage, 1);
+    if (u == CHUNKS + 1) make(w[0], 0, slot.stage, 1);
   }
 
   static __device__ __forceinline__ void add(float (&acc)[SUMS], const float (&scaled)[SUMS],
@@ -157,7 +150,7 @@ struct Multiplier {
     Scheduler scheduler(problem);
     Tile tile, done;
     Sums acc;
-    float part[PARTS][SUMS];
+    float part[2][SUMS];
     Operand w[WAVES];
     int stage = 0;
     const int last = problem.steps - 1;
@@ -165,7 +158,6 @@ struct Multiplier {
     if (!more) return;
     barrier_wait(memory.full(0), 0);
     make(w[0], 0, 0);
-    if (TURNS == 2 && warpgroup == 1) pause(BM * BN / 64);  // half a step
     const auto turn_over = [&] {
       if (pending) store_tile(problem, out, done, acc, memory, warpgroup);
       clear(acc);
@@ -180,11 +172,11 @@ struct Multiplier {
         for (int k = 0; k <= last; ++k) step_few(acc, w, stage, chunks, k < last || more);
         continue;
       }
-      lead(part, w, operand_start(memory.a(stage)));
+      lead(part, w, stage);
       turn_over();
       step(acc, part, w, stage, last > 0 || more);
       for (int k = 1; k <= last; ++k) {
-        lead(part, w, operand_start(memory.a(stage)));
+        lead(part, w, stage);
         step(acc, part, w, stage, k < last || more);
       }
     }
