@@ -46,8 +46,8 @@ def test_dense_tiles_grow_until_every_multiprocessor_has_one(m, n, tile):
     assert choose("dense", (m, n, 7168), 1, H100) == tile
 
 
-@pytest.mark.parametrize(("m", "unit"), [(32 * 128, 32), (33 * 128, 0)])
-def test_contiguous_rows_of_one_segment_an_expert_are_left_out_by_quarters(m, unit):
+@pytest.mark.parametrize(("m", "unit"), [(32 * 128, 32), (32 * (127 + 32), 32), (32 * 256, 0)])
+def test_contiguous_rows_of_few_tokens_an_expert_are_left_out_by_quarters(m, unit):
     tile = choose("contiguous", (m, 4096, 7168), 32, H100)
     assert tile.unit == unit
     assert 128 % tile.rows == 0

@@ -108,8 +108,10 @@ class W4Tile:
 
 # For grouped products of many rows.
 _GROUPED = W4Tile(cluster=2)
-# For contiguous rows where each expert has one segment, of which the host cannot know how many rows count.
+# For contiguous rows of which few may count, which the host cannot know: experts with one segment each, or with
+# what `moe_permute` reserves, 127 rows an expert beside those of its tokens.
 _ONE_SEGMENT = W4Tile(unit=32)
+_FEW_ROWS = 160  # an expert: up to 33 tokens of each in what `moe_permute` makes
 # For dense products, the smallest tile first.
 _DENSE = (
     W4Tile(rows=32, warpgroups=1, waves=1),
@@ -125,14 +127,14 @@ def choose(kind: Kind, sizes: tuple[int, int, int], experts: int, processors: in
     """The tile for sizes (M, N, K), M counted in rows of one expert if masked.
 
     By what measured fastest on an H100 and an H200: masked experts of up to 64 rows take tiles of as many;
-    contiguous rows of 128 an expert or fewer, tiles that leave out 32 rows at a time; dense products take the
+    contiguous rows of few tokens an expert, tiles that leave out 32 rows at a time; dense products take the
     smallest tile of which every multiprocessor has one at most, and the largest if there is none.
     """
     m, n, _ = sizes
     if kind == "masked":
         return W4Tile(rows=64) if m <= 64 else _GROUPED
     if kind == "contiguous":
-        return _ONE_SEGMENT if m <= 128 * experts else _GROUPED
+        return _ONE_SEGMENT if m <= _FEW_ROWS * experts else _GROUPED
     for tile in _DENSE:
         rows, columns = tile.super_tile
         if math.ceil(m / rows) * math.ceil(n / columns) <= processors:
