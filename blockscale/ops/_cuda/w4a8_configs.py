@@ -108,8 +108,8 @@ class W4Tile:
 
 # For grouped products of many rows.
 _GROUPED = W4Tile(cluster=2)
-# For contiguous rows of which few may count, which the host cannot know: experts with one segment each, or with
-# what `moe_permute` reserves, 127 rows an expert beside those of its tokens.
+# For contiguous rows of which few may count, which the host cannot know: experts with one segment each, or
+# with what `moe_permute` reserves, 127 rows an expert beside those of its tokens.
 _ONE_SEGMENT = W4Tile(unit=32)
 _FEW_ROWS = 160  # an expert: up to 33 tokens of each in what `moe_permute` makes
 # For dense products, the smallest tile first.
