@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from blockscale.calibrate.formats import QuantizedFormat, inputs_of_format
@@ -188,6 +189,14 @@ def saved_state(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torc
 
 
 def _check_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise BlockscaleError(
+            "is no model of transformers",
+            where="prepare",
+            expected="what AutoModelForCausalLM.from_pretrained gives",
+            got=type(model).__name__,
+            remedy="load it with transformers; blockscale.model has no backward pass, but runs the export",
+        )
     remedy = None
     if next(fake_quant_layers(model), None) is not None:
         what, remedy = "model is prepared already", "load it again to prepare it by another recipe"

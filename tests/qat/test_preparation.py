@@ -37,6 +37,11 @@ def test_weights_and_formats_are_those_that_quantize_decides(sources, tmp_path, 
         assert low == {key for key in codes if stored[key].dtype == torch.uint8}
 
 
+def test_what_has_no_backward_pass_is_refused_with_what_to_load():
+    with pytest.raises(BlockscaleError, match=r"no model of transformers.*got Linear.*load it with"):
+        prepare(torch.nn.Linear(8, 8), RECIPES["fp8"])
+
+
 @pytest.mark.parametrize("scales", ["dynamic", "frozen", "learned"])
 def test_parameters_stay_the_same_objects_under_the_same_names(sources, scales):
     model = checkpoints.plain(sources["deepseek_v3"])
