@@ -14,7 +14,8 @@ from blockscale.errors import BlockscaleError
 from blockscale.model.text import Tokenizer
 
 WIKITEXT = "wikitext2"
-_OPENERS: dict[str, Callable[..., IO[Any]]] = {".xz": lzma.open, ".bz2": bz2.open}
+# Of files that are packed, by their suffix.
+OPENERS: dict[str, Callable[..., IO[Any]]] = {".xz": lzma.open, ".bz2": bz2.open}
 
 
 def read_text(data: str) -> str:
@@ -29,7 +30,7 @@ def read_text(data: str) -> str:
         return _wikitext()
     path = Path(data)
     try:
-        with _OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
             return str(file.read())
     except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
         remedy = f"name a UTF-8 text file, or {WIKITEXT}"

@@ -11,7 +11,6 @@ a tokenizer puts before a text.
 
 from __future__ import annotations
 
-import bz2
 import lzma
 import os
 import shutil
@@ -20,14 +19,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 
 from blockscale.errors import BlockscaleError
+from blockscale.evaluate.text import OPENERS
 
 _PIECE = 1 << 16  # bytes that are read at a time
-_OPENERS: dict[str, Callable[..., IO[Any]]] = {".xz": lzma.open, ".bz2": bz2.open}
 
 Encode = Callable[[list[str]], list[list[int]]]
 """Texts to the token ids of each."""
@@ -52,7 +51,7 @@ def open_text(path: Path) -> IO[bytes]:
         BlockscaleError: it cannot be read, or is empty.
     """
     try:
-        opener = _OPENERS.get(path.suffix)
+        opener = OPENERS.get(path.suffix)
         if opener is None:
             return _not_empty(path.open("rb"), path)
         file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
