@@ -30,6 +30,7 @@ def test_what_is_won_back_is_told_after_training_and_before_any(bench):
     assert bench.share(figures, "case") == {"val": {"bf16": 0.75, "source": 2.0}}
 
 
+@pytest.mark.slow
 def test_all_that_is_compared_has_a_line(bench, tmp_path):
     jobs.make_source(tmp_path / "source")
     text, results = jobs.make_text(tmp_path / "text.txt", 6000), tmp_path / "results.jsonl"
