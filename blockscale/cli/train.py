@@ -16,7 +16,7 @@ from blockscale.cli.recipe import build_recipe, fitted
 
 if TYPE_CHECKING:
     from blockscale.checkpoint.recipe import Recipe
-    from blockscale.qat import Check, QatOptions, Step, Trained
+    from blockscale.qat import Check, QatOptions, Step, TrainingResult
 
 _UNQUANTIZED = "none"
 _LINES = 10.0  # seconds between lines where there is no terminal
@@ -227,7 +227,7 @@ def _watching(steps: int, *, quiet: bool) -> Iterator[Callable[[Step | Check], N
         yield show
 
 
-def _print(result: Trained) -> None:
+def _print(result: TrainingResult) -> None:
     from blockscale.qat import recovered
 
     first, last = result.steps[0], result.steps[-1]

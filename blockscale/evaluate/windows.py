@@ -67,7 +67,7 @@ class Estimate:
 
     def exp(self) -> Estimate:
         """Of exp(value): the interval is mapped, the error is exp(value) times this one (delta method)."""
-        low, value, high = (_exp(each) for each in (self.low, self.value, self.high))
+        low, value, high = (exponential(each) for each in (self.low, self.value, self.high))
         return Estimate(value, value * self.standard_error, low, high)
 
 
@@ -162,5 +162,6 @@ def student_t(freedom: int) -> float:
     return math.fsum(term / v**power for power, term in enumerate(terms))
 
 
-def _exp(value: float) -> float:
+def exponential(value: float) -> float:
+    """exp(value), infinite where that is no float."""
     return math.exp(value) if not value >= 700 else math.inf  # beyond that a float overflows

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from blockscale.qat.modules import QatOptions, fake_quantized_weights
     from blockscale.qat.preparation import prepare
     from blockscale.qat.request import RunLimits, Training
-    from blockscale.qat.training import Trained, train
+    from blockscale.qat.training import TrainingResult, train
 
 _MODULES = {
     "Check": "history",
     "QatOptions": "modules",
     "RunLimits": "request",
     "Step": "history",
-    "Trained": "training",
+    "TrainingResult": "training",
     "Training": "request",
     "export": "exporting",
     "fake_quantized_weights": "modules",
@@ -50,8 +50,8 @@ __all__ = [
     "QatOptions",
     "RunLimits",
     "Step",
-    "Trained",
     "Training",
+    "TrainingResult",
     "export",
     "fake_quantized_weights",
     "prepare",

@@ -6,7 +6,7 @@ taken out of it: they choose experts, and engines compute them in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,17 +42,21 @@ def _exact(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def first_not_finite(model: Any, ids: torch.Tensor, arithmetic: Arithmetic) -> str:
+def first_not_finite(model: Any, parts: Sequence[torch.Tensor], arithmetic: Arithmetic) -> str:
     """The first module whose output is NaN or Inf, else the first parameter whose gradient is.
 
-    Sharded, all processes have to ask.
+    Args:
+        model: sharded, all processes have to ask.
+        parts: int64 (B, T) token ids of the step, all of which are looked at.
+        arithmetic: of forward passes.
     """
     training = model.training
     with arithmetic():
-        found = TransformersSubject("model", model).first_nonfinite(ids)
+        found = [TransformersSubject("model", model).first_nonfinite(ids) for ids in parts]
     model.train(training)
-    if found is not None:
-        return found
+    for name in found:
+        if name is not None:
+            return name
     gradients = ((name, each.grad) for name, each in model.named_parameters() if each.grad is not None)
     worst = next((name for name, grad in gradients if not bool(_local(grad).isfinite().all())), None)
     return "the loss itself" if worst is None else f"the gradient of {worst}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from blockscale.checkpoint.journal import read_records
 from blockscale.checkpoint.writer import io_errors, write_synced
+from blockscale.evaluate.windows import exponential
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Check:
     @property
     def perplexity(self) -> float:
         """exp(nll)."""
-        return math.exp(self.nll)
+        return exponential(self.nll)
 
 
 @dataclass

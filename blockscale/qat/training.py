@@ -49,7 +49,7 @@ _EXPORTED = torch.bfloat16  # dtype of what is not quantized
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """A training that is done.
 
     Attributes:
@@ -94,7 +94,7 @@ def train(
     *,
     ranks: Ranks = ONE,
     on_entry: Callable[[Step | Check], None] = lambda entry: None,
-) -> Trained:
+) -> TrainingResult:
     """Train, and write the trained checkpoint.
 
     Args:
@@ -121,7 +121,7 @@ def train(
             state.reading.close()
         _export(state, out)
         history = state.history
-    return Trained(
+    return TrainingResult(
         training.spelled(),
         str(out),
         tuple(history.steps),
@@ -238,7 +238,8 @@ def _step(state: _State, work: Path) -> Step:
     mean = state.ranks.all_reduce(torch.stack(losses).sum()) / state.ranks.world
     found, size = torch.stack([mean, norm]).tolist()
     if not (math.isfinite(found) and math.isfinite(size)):
-        raise _diverged(state, ids, work, found)
+        first = first_not_finite(state.model, parts, state.arithmetic)
+        raise _not_finite(f"at step {state.done + 1}: loss {found:g}", first, work)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     state.done += 1
@@ -256,13 +257,8 @@ def _loss(state: _State, ids: torch.Tensor) -> torch.Tensor:
     return divergence(logits, teacher)
 
 
-def _diverged(state: _State, ids: torch.Tensor, work: Path, loss: float) -> BlockscaleError:
-    """What to say of a step that would spoil the weights."""
-    first = first_not_finite(state.model, ids[:1], state.arithmetic)
-    return _not_finite(f"at step {state.done + 1}: loss {loss:g}", first, work)
-
-
 def _not_finite(when: str, where: str, work: Path) -> BlockscaleError:
+    """What to say of a step that would spoil the weights, or has."""
     there = newest(work)
     kept = "no save was made before" if there is None else f"{there.folder} is kept"
     return BlockscaleError(
@@ -306,7 +302,8 @@ def _export(state: _State, out: Path) -> None:
         if state.ranks.rank:
             return
         state.model.eval()
-        run = RunOptions(overwrite=state.limits.overwrite)
+        # Of a run that is resumed nothing can be there but what its export had begun.
+        run = RunOptions(overwrite=state.limits.overwrite or state.limits.resume)
         given: dict[str, Any] = {"files": state.training.model, "state_dict": weights}
         if state.training.recipe is None:
             export_unquantized(state.model, out, dtype=_EXPORTED, **given)

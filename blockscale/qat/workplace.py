@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import shutil
 from collections.abc import Iterator
@@ -58,10 +59,20 @@ def _check_place(work: Path, out: Path, limits: RunLimits) -> None:
             where=work,
             remedy="go on with --resume, or throw it away with --overwrite",
         )
-    if not limits.overwrite and out.exists() and any(out.iterdir()):
-        raise BlockscaleError(
-            "holds files already", where=out, expected="a new folder", remedy="name another, or --overwrite"
-        )
+    # An export that was interrupted has left a hidden folder, and perhaps master weights.
+    places = [(out, ".*")] if limits.masters is None or limits.resume else [(out, ".*"), (limits.masters, "")]
+    for folder, ours in places:
+        if not limits.overwrite and _holds_files(folder, ours):
+            raise BlockscaleError(
+                "holds files already",
+                where=folder,
+                expected="a new folder",
+                remedy="name another, or --overwrite",
+            )
+
+
+def _holds_files(folder: Path, but: str) -> bool:
+    return folder.exists() and any(not fnmatch.fnmatch(each.name, but) for each in folder.iterdir())
 
 
 def check_same(saved: Saved, training: Training) -> None:

@@ -8,7 +8,7 @@ from blockscale.checkpoint.convert import ConversionReport
 from blockscale.evaluate.compare import WindowScore
 from blockscale.evaluate.diagnose import Diagnosis
 from blockscale.evaluate.run import Evaluation
-from blockscale.qat.training import Trained
+from blockscale.qat.training import TrainingResult
 from blockscale.report import diagnosis, evaluation, provenance, search, sizes, training
 from blockscale.report.content import Code, Facts, Note, Page, Section
 from blockscale.report.histogram import read_histograms
@@ -93,7 +93,7 @@ def search_page(result: SearchResult) -> Page:
     return _page(f"Searched: {result.model}", search.summary(result), sections)
 
 
-def train_page(result: Trained) -> Page:
+def train_page(result: TrainingResult) -> Page:
     """What a training did, step by step, and what became of the checkpoint."""
     quantized = result.training["recipe"] is not None
     sections = [

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from blockscale.qat.history import Step, recovered
-from blockscale.qat.training import Trained
+from blockscale.qat.training import TrainingResult
 from blockscale.report import figures
 from blockscale.report.content import Chart, Facts, Section, Table, View
 from blockscale.report.figures import Axis
@@ -16,7 +16,7 @@ _POINTS = 1000  # of a chart; beyond that neighbours are put together
 _STEPS = "step"
 
 
-def summary(result: Trained) -> Facts:
+def summary(result: TrainingResult) -> Facts:
     """The figures that matter most."""
     steps, checks = result.steps, result.checks
     objective = "next token" if result.training["distill"] is None else "KL from the teacher"
@@ -38,7 +38,7 @@ def summary(result: Trained) -> Facts:
     return Facts(tuple(entries))
 
 
-def course_section(result: Trained) -> Section:
+def course_section(result: TrainingResult) -> Section:
     """Loss, perplexity, and what moved the weights, over the steps."""
     steps = result.steps
     loss = figures.lines(
@@ -64,7 +64,7 @@ def course_section(result: Trained) -> Section:
     return Section("Course", tuple(parts))
 
 
-def options_section(result: Trained) -> Section:
+def options_section(result: TrainingResult) -> Section:
     """What the result depends on."""
     rows = tuple((name, _spelled(value)) for name, value in result.training.items() if value is not None)
     return Section("Options", (Table("Of the training", ("option", "value"), rows, (0, 1), folded=True),))

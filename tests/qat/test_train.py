@@ -1,6 +1,7 @@
 """The trainer: what it writes, that it goes on after a kill to the same losses, and what it refuses."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from safetensors.torch import save_file
 from blockscale import BlockscaleError, verify_checkpoint
 from blockscale.checkpoint.convert import quantize_checkpoint
 from blockscale.checkpoint.recipe import read_recipe
+from blockscale.model.text import Tokenizer
 from blockscale.qat import Check, QatOptions, RunLimits, Step, train
 from blockscale.qat import training as module
+from blockscale.qat.reading import Reading
 from blockscale.qat.saved import newest
 from tests import data
 from tests.processes import ROOT, torchrun
@@ -128,7 +131,6 @@ def test_killed_it_goes_on_from_the_command_line(source, text, tmp_path):
     assert newest(work_of(out)).step == 4
     resumed = run("-m", "blockscale", *command, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stderr == ""
     job = training(
         source, text, distill=None, check_data=None, lr=1e-3, recipe=read_recipe(tmp_path / "int3.json")
     )
@@ -204,10 +206,24 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing_but_the_order_o
 
 
 def test_it_begins_with_the_codes_of_a_calibrated_checkpoint(source, text, tmp_path):
-    quantize_checkpoint(source, tmp_path / "initial", INT3)
-    job = training(source, text, qat=QatOptions("frozen"), initial=str(tmp_path / "initial"), steps=1)
-    begun = train(job, tmp_path / "out").checks[0]
-    assert begun == train(training(source, text, steps=1), tmp_path / "plain").checks[0]
+    checks = {}
+    for name in ("own", "other"):
+        initial = tmp_path / name
+        quantize_checkpoint(source, initial, INT3)
+        if name == "other":
+            weights = data.read(initial)
+            moved = {
+                key: each.flip(0).contiguous()
+                if key.endswith(".weight") and each.dtype == torch.uint8
+                else each
+                for key, each in weights.items()
+            }
+            save_file(moved, initial / "model.safetensors", {"format": "pt"})
+        job = training(source, text, qat=QatOptions("frozen"), initial=str(initial), steps=1)
+        checks[name] = train(job, tmp_path / f"from {name}").checks[0]
+    plain = train(training(source, text, steps=1), tmp_path / "plain").checks[0]
+    assert checks["own"] == plain
+    assert checks["other"].nll != plain.nll
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move_and_names_the_layer(source, text, tmp_path):
@@ -237,6 +253,46 @@ def test_a_training_that_diverges_keeps_the_last_save_that_was_finite(source, te
     assert saved.step == 2
     assert all(bool(each.isfinite().all()) for each in saved.model().values())
     assert len(train(training(source, text), tmp_path / "out", RunLimits(resume=True)).steps) == 6
+
+
+def test_not_only_the_first_sequence_of_a_batch_is_looked_at(mixture, text, tmp_path):
+    job = training(mixture, text, distill=None, check_data=None)
+    reading = Reading(job.data, Tokenizer(mixture).encode_pieces, range(job.batch), job.batch, job.context)
+    first, *others = (set(row) for row in reading.next().tolist())
+    reading.close()
+    broken = make_source(tmp_path / "broken", "deepseek_v3")
+    weights = data.read(broken)
+    weights["model.embed_tokens.weight"][min(set.union(*others) - first)] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BlockscaleError, match=r"embed_tokens: training is not finite at step 1"):
+        train(training(broken, text, distill=None, check_data=None), tmp_path / "out")
+
+
+def test_killed_in_its_export_a_training_goes_on_with_that(source, text, tmp_path, monkeypatch):
+    def begin(model, dst, *, masters, **_):
+        (dst / ".blockscale").mkdir(parents=True)
+        (dst / ".blockscale" / "journal.jsonl").write_text("")
+        masters.mkdir()
+        (masters / "config.json").write_text("{}")
+        raise Stopped
+
+    limits = {"masters": tmp_path / "masters"}
+    monkeypatch.setattr(module, "export", begin)
+    with pytest.raises(Stopped):
+        train(training(source, text), tmp_path / "out", RunLimits(**limits))
+    monkeypatch.undo()
+    result = train(training(source, text), tmp_path / "out", RunLimits(**limits, resume=True))
+    assert len(result.steps) == 6
+    assert verify_checkpoint(tmp_path / "out", tmp_path / "masters").ok
+
+
+def test_a_place_for_masters_that_is_taken_is_refused_before_the_training(source, text, tmp_path):
+    (tmp_path / "masters").mkdir()
+    (tmp_path / "masters" / "mine").write_text("")
+    with pytest.raises(BlockscaleError, match=r"masters: holds files already"):
+        train(
+            training(source, text), tmp_path / "out", RunLimits(masters=tmp_path / "masters"), on_entry=print
+        )
 
 
 @pytest.mark.parametrize(
@@ -305,6 +361,10 @@ def test_a_quantized_model_is_refused_with_what_to_do(source, text, tmp_path):
 
 
 def test_checks_are_of_the_windows_that_were_asked_for(source, text, tmp_path):
-    result = train(training(source, text, steps=1, check_windows=2), tmp_path / "out")
-    assert isinstance(result.checks[0], Check)
-    assert result.checks[0].standard_error > 0
+    one, two = (
+        train(training(source, text, steps=1, check_windows=count), tmp_path / str(count)).checks[0]
+        for count in (1, 2)
+    )
+    assert isinstance(one, Check)
+    assert math.isnan(one.standard_error)  # of one window there is none
+    assert two.standard_error > 0
