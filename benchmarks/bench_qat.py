@@ -2,8 +2,10 @@
 
     python benchmarks/bench_qat.py [--small] [--rounds N] [--out FILE]
 
-Models of transformers with random weights, random tokens, everything eager. Competitors take turns, one step
-each a round, in an order drawn anew; medians in milliseconds, and ratios to the first of
+Models of transformers with random weights, random tokens. On a GPU all is timed twice: "launched" kernel by
+kernel, as most training is, and with forward and backward pass "replayed" as a CUDA graph, as `blockscale
+train` does. Competitors take turns, one step each a round, in an order drawn anew; medians in milliseconds,
+and ratios to the first of
 
     autocast         float32 weights under torch.autocast(bfloat16), as most models are trained
     bf16             BF16 weights, gradients and moments: less memory than any master weights allow
@@ -35,6 +37,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 from blockscale.checkpoint.recipe import Recipe, read_recipe
 from blockscale.ops.gemm_dispatch import has_fp8
 from blockscale.qat import QatOptions, prepare
+from blockscale.qat.gradients import Gradients, one_sequence_a_row
 from blockscale.testing.bench import append_result, environment, load_module, release, time_interleaved, wait
 
 HERE = Path(__file__).parent
@@ -156,18 +159,28 @@ def loss_of(model: Any, tokens: torch.Tensor, autocast: bool) -> torch.Tensor:
         return model(input_ids=tokens, labels=tokens).loss
 
 
-def step_of(base: Any, competitor: Competitor, tokens: torch.Tensor) -> Callable[[], None]:
-    """A whole step of training, until the device is done."""
+def step_of(
+    base: Any, competitor: Competitor, tokens: torch.Tensor, captures: bool, beside: Gradients | None
+) -> tuple[Callable[[], None], Gradients]:
+    """A whole step of training, until the device is done, and its gradients, which may share memory."""
     model, autocast = prepared(base, competitor), competitor.options is not None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
+    def backward(ids: torch.Tensor) -> torch.Tensor:
+        with one_sequence_a_row():
+            loss = loss_of(model, ids, autocast)
+        loss.backward()
+        return loss.detach()
+
+    gradients = Gradients(backward, model.parameters(), captures, beside)
+
     def step() -> None:
-        loss_of(model, tokens, autocast).backward()
+        gradients(tokens)
         optimizer.step()
-        optimizer.zero_grad()
+        gradients.clear()
         wait(tokens.device)
 
-    return step
+    return step, gradients
 
 
 def check(shape: Shape, name: str, competitor: Competitor, device: torch.device) -> dict[str, float]:
@@ -199,6 +212,26 @@ def check(shape: Shape, name: str, competitor: Competitor, device: torch.device)
     return errors
 
 
+def timed(
+    ways: dict[str, Competitor], base: Any, tokens: torch.Tensor, captures: bool, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of every competitor, and how many times slower than the first in the same round."""
+    steps: dict[str, Callable[[], None]] = {}
+    before: Gradients | None = None
+    for name, each in ways.items():
+        steps[name], gradients = step_of(base, each, tokens, captures, before)
+        for _ in range(_WARM_STEPS):
+            steps[name]()
+        if gradients.is_captured != captures:
+            raise SystemExit(f"{name}: a step cannot be captured")
+        before = gradients
+    timings, first = time_interleaved(steps, rounds), next(iter(ways))
+    return {
+        "milliseconds": {name: 1e3 * timings.of(name).median for name in ways},
+        "ratio": {name: timings.speedup(first, name).median for name in ways},
+    }
+
+
 def measure(title: str, shape: Shape, rounds: int, device: torch.device) -> dict[str, Any]:
     """Check, then time, every competitor on a model; what is recorded."""
     ways = competitors(shape.kind, device)
@@ -208,23 +241,17 @@ def measure(title: str, shape: Shape, rounds: int, device: torch.device) -> dict
     base = shape.make(device)
     vocabulary, size = shape.config["vocab_size"], (shape.batch, shape.context)
     tokens = torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(0)).to(device)
-    steps = {name: step_of(base, each, tokens) for name, each in ways.items()}
-    for _ in range(_WARM_STEPS):
-        for step in steps.values():
-            step()
-    timings = time_interleaved(steps, rounds)
-    first = next(iter(ways))
     record: dict[str, Any] = {"model": title, "tokens": list(size), "rounds": rounds, "errors": errors}
-    record["milliseconds"] = {name: 1e3 * timings.of(name).median for name in ways}
-    # How many times slower than autocast in the same round.
-    record["ratio"] = {name: timings.speedup(first, name).median for name in ways}
-    print(f"{title}, {shape.batch} x {shape.context} tokens")
-    for name in ways:
-        told = f", gradients {errors[name]['gradients']:.1%} off" if name in errors else ""
-        print(
-            f"  {name:13} {record['milliseconds'][name]:9.2f} ms {record['ratio'][name]:6.2f} x{told}",
-            flush=True,
-        )
+    for kind, captures in {"launched": False, "replayed": True}.items():
+        if captures and device.type != "cuda":
+            continue
+        record[kind] = timed(ways, base, tokens, captures, rounds)
+        print(f"{title}, {shape.batch} x {shape.context} tokens, {kind}")
+        for name in ways:
+            times = f"{record[kind]['milliseconds'][name]:9.2f} ms {record[kind]['ratio'][name]:6.2f} x"
+            told = f", gradients {errors[name]['gradients']:.1%} off" if name in errors else ""
+            print(f"  {name:13} {times}{told}", flush=True)
+        release(device)
     return record
 
 

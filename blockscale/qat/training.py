@@ -32,9 +32,9 @@ from blockscale.model.text import Tokenizer
 from blockscale.qat.arithmetic import Arithmetic, arithmetic_of, first_not_finite, keep_routers_exact
 from blockscale.qat.checking import check, check_windows
 from blockscale.qat.exporting import export, export_unquantized, round_kept
+from blockscale.qat.gradients import Gradients, Objective
 from blockscale.qat.history import Check, History, Step
 from blockscale.qat.loading import check_context, freeze, load, load_teacher
-from blockscale.qat.losses import divergence, next_token_loss
 from blockscale.qat.optimizer import fill_moments, make_optimizer, rate_at, set_rate, whole_moments
 from blockscale.qat.preparation import prepare
 from blockscale.qat.reading import Place, Reading
@@ -75,16 +75,20 @@ class _State:
     training: Training
     limits: RunLimits
     ranks: Ranks
-    model: Any
-    teacher: nn.Module | None
+    objective: Objective
+    gradients: Gradients
     optimizer: torch.optim.AdamW
     reading: Reading
     checked: list[torch.Tensor]
     history: History
-    arithmetic: Arithmetic
     reference: Check | None = None
     done: int = 0
     begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def model(self) -> Any:
+        """What is trained."""
+        return self.objective.model
 
 
 def train(
@@ -149,6 +153,10 @@ def _prepare(training: Training, limits: RunLimits, ranks: Ranks, work: Path, sa
     if limits.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     shard(model, ranks)
+    objective = Objective(model, teacher, arithmetic, limits.micro_batch)
+    # Neither collectives nor layers that are computed twice are captured.
+    captures = ranks.device.type == "cuda" and ranks.world == 1 and not limits.checkpointing
+    gradients = Gradients(objective.backward, model.parameters(), captures)
     optimizer = make_optimizer(model, training.lr, training.scale_lr, training.weight_decay)
     rows = range(ranks.rank, training.batch, ranks.world)
     places, history = None, History(work / _HISTORY if ranks.rank == 0 else None)
@@ -163,13 +171,12 @@ def _prepare(training: Training, limits: RunLimits, ranks: Ranks, work: Path, sa
         training,
         limits,
         ranks,
-        model,
-        teacher,
+        objective,
+        gradients,
         optimizer,
         reading,
         checked,
         history,
-        arithmetic,
         reference,
         0 if saved is None else saved.step,
     )
@@ -206,7 +213,7 @@ def _loop(state: _State, work: Path, on_entry: Callable[[Step | Check], None]) -
 
     def measure() -> None:
         if state.checked:
-            note(check(state.model, state.checked, state.arithmetic, state.ranks, state.done))
+            note(check(state.model, state.checked, state.objective.arithmetic, state.ranks, state.done))
 
     if not state.done:
         measure()
@@ -228,33 +235,18 @@ def _step(state: _State, work: Path) -> Step:
     warmup = round(training.warmup * training.steps)
     set_rate(optimizer, rate_at(state.done, training.steps, warmup))
     ids = state.reading.next().to(state.ranks.device)
-    parts = ids.split(state.limits.micro_batch or len(ids))
-    losses = []
-    for part in parts:
-        loss = _loss(state, part) / len(parts)
-        loss.backward()
-        losses.append(loss.detach())
+    loss = state.gradients(ids)
     norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), training.clip))
-    mean = state.ranks.all_reduce(torch.stack(losses).sum()) / state.ranks.world
+    mean = state.ranks.all_reduce(loss) / state.ranks.world
     found, size = torch.stack([mean, norm]).tolist()
     if not (math.isfinite(found) and math.isfinite(size)):
-        first = first_not_finite(state.model, parts, state.arithmetic)
+        first = first_not_finite(state.model, state.objective.parts(ids), state.objective.arithmetic)
         raise _not_finite(f"at step {state.done + 1}: loss {found:g}", first, work)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    state.gradients.clear()
     state.done += 1
     rate = optimizer.param_groups[0]["lr"]
     return Step(state.done, found, rate, size, time.monotonic() - state.begun)
-
-
-def _loss(state: _State, ids: torch.Tensor) -> torch.Tensor:
-    with state.arithmetic():
-        logits = state.model(input_ids=ids, use_cache=False).logits
-    if state.teacher is None:
-        return next_token_loss(logits, ids)
-    with torch.no_grad():
-        teacher = state.teacher(input_ids=ids, use_cache=False).logits
-    return divergence(logits, teacher)
 
 
 def _not_finite(when: str, where: str, work: Path) -> BlockscaleError:
