@@ -92,23 +92,25 @@ class Case:
 
 
 def train_all(cases: Sequence[Case], options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
-    """What `blockscale train --json` said of every case; all of them run at once."""
-    running = {
-        case.name: subprocess.Popen(
-            [sys.executable, "-m", "blockscale", "train", *case.arguments(options, place(folder, case.name))],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for case in cases
-    }
+    """What `blockscale train --json` said of every case, also in the folder; all of them run at once."""
+    running = {}
+    for case in cases:
+        arguments = case.arguments(options, place(folder, case.name))
+        with said(folder, case.name).open("wb") as output:
+            command = [sys.executable, "-m", "blockscale", "train", *arguments]
+            running[case.name] = subprocess.Popen(command, stdout=output)
     told = {}
     for name, process in running.items():
-        output, _ = process.communicate()
-        if process.returncode:
+        if process.wait():
             raise SystemExit(f"error: training of {name} ended with {process.returncode}")
-        told[name] = json.loads(output)
+        told[name] = json.loads(said(folder, name).read_text(encoding="utf-8"))
         print(f"{name}: trained in {told[name]['seconds']:.0f} s", flush=True)
     return told
+
+
+def said(folder: Path, name: str) -> Path:
+    """Where the output of a training lies."""
+    return place(folder, f"{name}-output.json")
 
 
 def place(folder: Path, name: str) -> Path:
