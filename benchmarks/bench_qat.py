@@ -4,8 +4,8 @@
 
 Models of transformers with random weights, random tokens. On a GPU all is timed twice: "launched" kernel by
 kernel, as most training is, and with forward and backward pass "replayed" as a CUDA graph where they can be
-captured, as `blockscale train` does. Competitors take turns, one step each a round, in an order drawn anew; medians in milliseconds,
-and ratios to the first of
+captured, as `blockscale train` does. Competitors take turns, one step each a round, in an order drawn anew;
+medians in milliseconds, and ratios to the first of
 
     autocast         float32 weights under torch.autocast(bfloat16), as most models are trained
     bf16             BF16 weights, gradients and moments: less memory than any master weights allow
@@ -215,7 +215,7 @@ def check(shape: Shape, name: str, competitor: Competitor, device: torch.device)
 def timed(
     ways: dict[str, Competitor], base: Any, tokens: torch.Tensor, captures: bool, rounds: int
 ) -> dict[str, Any]:
-    """Median milliseconds of every competitor, how many times slower than the first, and what was captured."""
+    """Median milliseconds of every competitor, their ratio to the first, and which were captured."""
     steps: dict[str, Callable[[], None]] = {}
     captured: dict[str, Gradients] = {}
     for name, each in ways.items():
