@@ -13,11 +13,12 @@ would have brought:
     calibrated  that one, rounded by calibration on the text
     a case      trained through the rounding, as `blockscale train --recipe ...` does it;
                 `initial=calibrated` begins with the codes of the model calibrated on the text,
-                `distill=source` learns its predictions
+                `distill=source` learns its predictions, `distill=bf16` those of the trained one
     source      the model before any training, which a case may not be worse than for all that, and
     source plain, rounded to nearest
 
-All trainings run at once, a process each; seconds are therefore those of a shared device. Each checkpoint is
+All trainings run at once, a process each, but for those that learn from bf16, which begin when it is done;
+seconds are therefore those of a shared device. Each checkpoint is
 verified and read back by `evaluate` with quantized activations, beside bf16 on the same tokens. Of the gap of
 perplexity between bf16 and plain, a case recovers (plain - case) / (plain - bf16); of that between source and
 source plain likewise. Results, curves included, go to benchmarks/results/training.jsonl.
@@ -65,6 +66,11 @@ class Case:
 
     name: str
 
+    @property
+    def needs_bf16(self) -> bool:
+        """Whether it learns from the model that was trained without rounding."""
+        return f"distill={BF16}" in self.name
+
     def arguments(self, options: argparse.Namespace, out: Path) -> list[str]:
         """Of `blockscale train`."""
         scales, _, changed = self.name.partition(":")
@@ -83,7 +89,11 @@ class Case:
                 "masters": out.with_name(out.name + "-masters"),
             }
             asked |= dict(pair.split("=") for pair in changed.split(",") if pair)
-            named = {CALIBRATED: place(out.parent, INITIAL), SOURCE: options.source}
+            named = {
+                CALIBRATED: place(out.parent, INITIAL),
+                SOURCE: options.source,
+                BF16: place(out.parent, BF16),
+            }
             asked |= {
                 name: named.get(asked[name], asked[name]) for name in ("initial", "distill") if name in asked
             }
@@ -93,18 +103,22 @@ class Case:
 
 def train_all(cases: Sequence[Case], options: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """What `blockscale train --json` said of every case, also in the folder; all of them run at once."""
-    running = {}
-    for case in cases:
+
+    def begin(case: Case) -> subprocess.Popen[bytes]:
         arguments = case.arguments(options, place(folder, case.name))
         with said(folder, case.name).open("wb") as output:
-            command = [sys.executable, "-m", "blockscale", "train", *arguments]
-            running[case.name] = subprocess.Popen(command, stdout=output)
+            return subprocess.Popen([sys.executable, "-m", "blockscale", "train", *arguments], stdout=output)
+
+    running = {case.name: begin(case) for case in cases if not case.needs_bf16}
     told = {}
-    for name, process in running.items():
-        if process.wait():
-            raise SystemExit(f"error: training of {name} ended with {process.returncode}")
+    while running:
+        name = next(iter(running))  # bf16 is the first
+        if running.pop(name).wait():
+            raise SystemExit(f"error: training of {name} failed")
         told[name] = json.loads(said(folder, name).read_text(encoding="utf-8"))
         print(f"{name}: trained in {told[name]['seconds']:.0f} s", flush=True)
+        if name == BF16:
+            running |= {case.name: begin(case) for case in cases if case.needs_bf16}
     return told
 
 
@@ -162,26 +176,13 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     masters = {
         name: place(folder, name).with_name(place(folder, name).name + "-masters") for name in options.cases
     }
-    made_from = {**masters, PLAIN: bf16, SOURCE_PLAIN: options.source}
+    made_from: dict[str, Path | str] = {PLAIN: bf16, SOURCE_PLAIN: options.source, **masters}
     made_from |= {CALIBRATED: bf16} if options.calibrate else {}
-    for name in made_from.keys() - masters.keys():
-        round_with(made_from[name], place(folder, name), recipe, options, text=name == CALIBRATED)
     texts = {"val": options.val, **dict(each.split("=", 1) for each in options.also)}
     figures: dict[str, dict[str, Any]] = {}
-    for name, against in made_from.items():
-        reference = options.source if name == SOURCE_PLAIN else bf16
-        found = {
-            label: score(
-                place(folder, name),
-                reference,
-                Text(data, context=options.context, limit=options.windows),
-                options.device,
-            )
-            for label, data in texts.items()
-        }
-        figures[name] = {"relative_error": check(place(folder, name), against), "texts": found}
-        say(name, found)
-    for name in (BF16, *made_from):
+    for name in (BF16, *made_from):  # each is on the disk before the next is begun
+        if name in made_from:
+            figures[name] = measured(name, made_from[name], recipe, texts, options, folder)
         record = {
             "benchmark": "training", "model": model, "case": name, "recipe": Path(options.recipe).stem,
             "steps": options.steps, "batch": options.batch, "context": options.context, "lr": options.lr,
@@ -191,6 +192,30 @@ def run(options: argparse.Namespace, folder: Path) -> None:
             "recovered": name in (*masters, CALIBRATED) and share(figures, name), **environment(),
         }  # fmt: skip
         append_result(options.results, record)
+
+
+def measured(
+    name: str,
+    against: Path | str,
+    recipe: Recipe,
+    texts: dict[str, str],
+    options: argparse.Namespace,
+    folder: Path,
+) -> dict[str, Any]:
+    """Round what was not trained so, verify a checkpoint and read it back."""
+    out = place(folder, name)
+    if name in (PLAIN, SOURCE_PLAIN, CALIBRATED):
+        round_with(against, out, recipe, options, text=name == CALIBRATED)
+    error = check(out, against)
+    reference = options.source if name == SOURCE_PLAIN else place(folder, BF16)
+    found = {
+        label: score(
+            out, reference, Text(data, context=options.context, limit=options.windows), options.device
+        )
+        for label, data in texts.items()
+    }
+    say(name, found)
+    return {"relative_error": error, "texts": found}
 
 
 def share(figures: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, float | None]]:

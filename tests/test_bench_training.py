@@ -36,30 +36,18 @@ def test_all_that_is_compared_has_a_line(bench, tmp_path):
     text, results = jobs.make_text(tmp_path / "text.txt", 6000), tmp_path / "results.jsonl"
     recipe = tmp_path / "int3.json"
     recipe.write_text(json.dumps({"layout": "blockscale", "precision": {"default": "int3:g64"}}))
-    cases = ["dynamic", "learned:lr=2e-3,initial=calibrated,distill=source"]
+    cases = ["dynamic", "learned:lr=2e-3,initial=calibrated,distill=source", "dynamic:distill=bf16"]
     small = "--steps 3 --batch 2 --context 16 --checks 2 --windows 2 --calibration-tokens 1024 --device cpu"
-    bench.main(
-        [
-            *("--model", f"small={tmp_path / 'source'}", "--data", str(text), "--val", str(text)),
-            *(
-                "--recipe",
-                str(recipe),
-                "--results",
-                str(results),
-                "--calibrate",
-                str(text),
-                "--cases",
-                *cases,
-            ),
-            *small.split(),
-        ]
-    )
+    named = ["--model", f"small={tmp_path / 'source'}", "--recipe", str(recipe), "--results", str(results)]
+    texts = ["--data", str(text), "--val", str(text), "--calibrate", str(text)]
+    bench.main([*named, *texts, "--cases", *cases, *small.split()])
     lines = {each["case"]: each for each in map(json.loads, results.read_text().splitlines())}
     assert lines.keys() == {"bf16", *cases, "plain", "calibrated", "source plain"}
     begun = lines[cases[1]]["training"]
     assert begun["options"]["initial"].endswith("/initial")
     assert begun["options"]["distill"] == str(tmp_path / "source")
     assert len(begun["checks"]) == 4
+    assert lines[cases[2]]["training"]["options"]["distill"].endswith("/bf16")
     assert lines["dynamic"]["recovered"]["val"].keys() == {"bf16", "source"}
     assert not lines["bf16"]["recovered"]
     assert not lines["source plain"]["recovered"]
