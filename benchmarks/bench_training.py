@@ -11,6 +11,7 @@ would have brought:
     bf16        the model, trained on without rounding: the reference of all others
     plain       that one, rounded to nearest by the recipe
     calibrated  that one, rounded by calibration on the text
+    bf16:...    the same otherwise, of which the curve alone is recorded: whether bf16 is as good as it gets
     a case      trained through the rounding, as `blockscale train --recipe ...` does it;
                 `initial=calibrated` begins with the codes of the model calibrated on the text,
                 `distill=source` learns its predictions, `distill=bf16` those of the trained one
@@ -62,9 +63,14 @@ CURVE = 200  # points of a curve that are kept
 
 @dataclass(frozen=True)
 class Case:
-    """A training: `learned`, `dynamic:lr=2e-4`; bf16 has no rounding."""
+    """A training: `learned`, `dynamic:lr=2e-4`; bf16, or `bf16:lr=2e-4`, has no rounding."""
 
     name: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is trained without rounding."""
+        return self.name.partition(":")[0] == BF16
 
     @property
     def needs_bf16(self) -> bool:
@@ -80,7 +86,7 @@ class Case:
             "eval-every": max(1, options.steps // 10), "save-every": options.steps, "device": options.device,
             "out": out,
         }  # fmt: skip
-        if self.name == BF16:
+        if self.is_plain:
             asked["recipe"] = "none"
         else:
             asked |= {
@@ -88,15 +94,15 @@ class Case:
                 "scales": scales,
                 "masters": out.with_name(out.name + "-masters"),
             }
-            asked |= dict(pair.split("=") for pair in changed.split(",") if pair)
-            named = {
-                CALIBRATED: place(out.parent, INITIAL),
-                SOURCE: options.source,
-                BF16: place(out.parent, BF16),
-            }
-            asked |= {
-                name: named.get(asked[name], asked[name]) for name in ("initial", "distill") if name in asked
-            }
+        asked |= dict(pair.split("=") for pair in changed.split(",") if pair)
+        named = {
+            CALIBRATED: place(out.parent, INITIAL),
+            SOURCE: options.source,
+            BF16: place(out.parent, BF16),
+        }
+        asked |= {
+            name: named.get(asked[name], asked[name]) for name in ("initial", "distill") if name in asked
+        }
         flags = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
         return [options.source, str(options.data), *flags, "--json"]
 
@@ -172,15 +178,19 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     recipe, bf16 = read_recipe(options.recipe), place(folder, BF16)
     if any(f"initial={CALIBRATED}" in name for name in options.cases):
         round_with(options.source, place(folder, INITIAL), recipe, options, text=True)
-    told = train_all([Case(name) for name in (BF16, *options.cases)], options, folder)
+    cases = [Case(name) for name in (BF16, *options.cases)]
+    told = train_all(cases, options, folder)
     masters = {
-        name: place(folder, name).with_name(place(folder, name).name + "-masters") for name in options.cases
+        each.name: place(folder, each.name).with_name(place(folder, each.name).name + "-masters")
+        for each in cases
+        if not each.is_plain
     }
     made_from: dict[str, Path | str] = {PLAIN: bf16, SOURCE_PLAIN: options.source, **masters}
     made_from |= {CALIBRATED: bf16} if options.calibrate else {}
     texts = {"val": options.val, **dict(each.split("=", 1) for each in options.also)}
     figures: dict[str, dict[str, Any]] = {}
-    for name in (BF16, *made_from):  # each is on the disk before the next is begun
+    plain = [each.name for each in cases if each.is_plain]
+    for name in (*plain, *made_from):  # each is on the disk before the next is begun
         if name in made_from:
             figures[name] = measured(name, made_from[name], recipe, texts, options, folder)
         record = {

@@ -36,7 +36,12 @@ def test_all_that_is_compared_has_a_line(bench, tmp_path):
     text, results = jobs.make_text(tmp_path / "text.txt", 6000), tmp_path / "results.jsonl"
     recipe = tmp_path / "int3.json"
     recipe.write_text(json.dumps({"layout": "blockscale", "precision": {"default": "int3:g64"}}))
-    cases = ["dynamic", "learned:lr=2e-3,initial=calibrated,distill=source", "dynamic:distill=bf16"]
+    cases = [
+        "dynamic",
+        "learned:lr=2e-3,initial=calibrated,distill=source",
+        "dynamic:distill=bf16",
+        "bf16:lr=2e-3",
+    ]
     small = "--steps 3 --batch 2 --context 16 --checks 2 --windows 2 --calibration-tokens 1024 --device cpu"
     named = ["--model", f"small={tmp_path / 'source'}", "--recipe", str(recipe), "--results", str(results)]
     texts = ["--data", str(text), "--val", str(text), "--calibrate", str(text)]
@@ -50,4 +55,6 @@ def test_all_that_is_compared_has_a_line(bench, tmp_path):
     assert lines[cases[2]]["training"]["options"]["distill"].endswith("/bf16")
     assert lines["dynamic"]["recovered"]["val"].keys() == {"bf16", "source"}
     assert not lines["bf16"]["recovered"]
+    assert lines["bf16:lr=2e-3"]["training"]["options"]["lr"] == 2e-3
+    assert not lines["bf16:lr=2e-3"]["figures"]
     assert not lines["source plain"]["recovered"]
