@@ -10,9 +10,9 @@ or all of it, `train(Training("my-model", Path("text"), recipe), Path("trained")
 
 Rooms of the rounding: `fake_quant` (with its gradients), `modules` (layers that take the place of those of
 transformers), `preparation`, `initial` (codes and scales to begin with), `exporting`. Rooms of the trainer:
-`request` (what a user asks), `workplace`, `loading`, `reading` (text), `losses`, `gradients` (of a step, replayed
-on a GPU), `optimizer`, `arithmetic`, `sharding`, `checking` (perplexity), `history`, `saved`, and `training`,
-which puts them together.
+`request` (what a user asks), `workplace`, `loading`, `reading` (text), `losses`, `gradients` (of a step,
+replayed on a GPU), `optimizer`, `arithmetic`, `sharding`, `checking` (perplexity), `history`, `saved`, and
+`training`, which puts them together.
 
 The names are loaded on first use: transformers is an optional dependency.
 """
