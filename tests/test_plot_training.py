@@ -1,4 +1,4 @@
-"""The pictures of the benchmark of training: the latest run of each model, curves, a file that is a picture."""
+"""The pictures of the benchmark of training: the latest run of each model, curves, a file with a picture."""
 
 import json
 import math

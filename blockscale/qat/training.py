@@ -29,7 +29,13 @@ from blockscale.checkpoint.source import open_source
 from blockscale.errors import BlockscaleError
 from blockscale.model.ranks import ONE, Ranks
 from blockscale.model.text import Tokenizer
-from blockscale.qat.arithmetic import Arithmetic, arithmetic_of, first_not_finite, keep_routers_exact
+from blockscale.qat.arithmetic import (
+    Arithmetic,
+    arithmetic_of,
+    first_not_finite,
+    keep_routers_exact,
+    narrow_experts,
+)
 from blockscale.qat.checking import check, check_windows
 from blockscale.qat.exporting import export, export_unquantized, round_kept
 from blockscale.qat.gradients import Gradients, Objective
@@ -150,6 +156,8 @@ def _prepare(training: Training, limits: RunLimits, ranks: Ranks, work: Path, sa
     reference = _reference(model, checked, arithmetic, ranks, saved)
     if training.recipe is not None:
         prepare(model, training.recipe, training.qat, initial=None if saved else training.initial)
+    if training.qat.compute != torch.float32:
+        narrow_experts(model, ranks.device)
     if limits.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     shard(model, ranks)

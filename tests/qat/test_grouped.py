@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from blockscale.huggingface.modules import is_experts
 from blockscale.qat import grouped
+from blockscale.qat.arithmetic import narrow_experts
 from blockscale.qat.modules import FakeQuantExperts, fake_quant_layers
 from tests.qat.models import checkpoints, prepared, train
 
@@ -92,6 +94,24 @@ def test_what_grouped_products_do_not_take_is_left_to_the_loop(tmp_path, monkeyp
     assert layer(hidden[:0], index[:0], weights[:0]).shape == (0, 160)
     assert not grouped.is_aligned(torch.empty(2, 16, 12))
     assert not grouped.is_aligned(torch.empty(2, 12, 16))
+
+
+@device_of
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
+def test_experts_that_are_not_rounded_multiply_in_bfloat16(tmp_path, monkeypatch, name, device):
+    model = checkpoints.plain(checkpoints.make(tmp_path / name, name))
+    layer = next(module for module in model.modules() if is_experts(module))
+    layer.num_experts = len(layer.gate_up_proj)
+    exact = gradients(layer, layer, "cpu", torch.float32)
+    monkeypatch.setattr(grouped, "is_fast", lambda device: False)
+    narrow_experts(model, torch.device(device))
+    assert "forward" not in vars(layer)
+    monkeypatch.setattr(grouped, "is_fast", lambda device: True)
+    narrow_experts(model, torch.device(device))
+    found = gradients(layer, layer, device, torch.float32)
+    for key, each in exact.items():
+        assert found[key].dtype == each.dtype
+        assert 1e-4 < float((found[key].cpu() - each).norm() / each.norm()) < 2**-7, key
 
 
 @pytest.mark.gpu
