@@ -15,6 +15,7 @@ from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8
 from blockscale.group_formats import MXFP4, GroupInt
 from blockscale.metrics import kl_divergence
+from blockscale.model import watch
 from blockscale.model.attention import Batch
 from blockscale.model.config import from_huggingface
 from blockscale.model.generate import generate
@@ -54,28 +55,39 @@ def load(device, folder, dtype=torch.float32, **options):
 
 
 def work(path):
-    """Do the jobs of a file on all ranks or on pairs of them; what each rank has computed, or its error."""
+    """Do the jobs of a file on all ranks or on one of two teams; what each rank has computed, or its error."""
     with open(path) as file:
         jobs = json.load(file)
     with open_ranks("cpu") as ranks:
-        teams, results = {ranks.world: ranks}, {}
-        half = ranks.world // 2
-        for first in range(0, ranks.world, half):
-            members = list(range(first, first + half))
-            groups = [dist.new_group(members, backend="gloo") for _ in range(2)]
-            if ranks.rank in members:
-                teams[half] = replace(
-                    ranks, rank=ranks.rank - first, world=half, group=groups[0], objects=groups[1]
-                )
-        for name, job in jobs.items():
-            team = teams[job["world"]]
-            try:
-                result = computed(load(team, job["folders"][team.rank], **job["options"]))
-            except BlockscaleError as error:
-                result = str(error)
-            results[name] = ranks.gather(result)
+        half, results = ranks.world // 2, {}
+        team, number = _team(ranks, half), ranks.rank // half
+        of_teams = [name for name, job in jobs.items() if job["world"] == half]
+        done = {
+            name: _result(team, jobs[name]) for name in of_teams[number::2]
+        }  # the other team has the rest
+        for name, result in chain(*(each.items() for each in ranks.gather(done))):
+            results.setdefault(name, []).append(result)
+        for name in [name for name in jobs if name not in results]:
+            results[name] = ranks.gather(_result(ranks, jobs[name]))
         if ranks.rank == 0:
             torch.save(results, f"{path}.results")
+
+
+def _team(ranks, size):
+    """Every `size` ranks as a run of their own: the one that this rank is in."""
+    for first in range(0, ranks.world, size):
+        members = list(range(first, first + size))
+        groups = [dist.new_group(members, backend="gloo") for _ in range(2)]
+        if ranks.rank in members:
+            own = replace(ranks, rank=ranks.rank - first, world=size, group=groups[0], objects=groups[1])
+    return own
+
+
+def _result(ranks, job):
+    try:
+        return computed(load(ranks, job["folders"][ranks.rank], **job["options"]))
+    except BlockscaleError as error:
+        return str(error)
 
 
 def die(how):
@@ -92,6 +104,7 @@ def die(how):
 
 def fail(_):
     """Rank 1 raises what the others do not."""
+    watch._GRACE = 0.5  # seconds that nobody else fails
     with open_ranks("cpu") as ranks:
         if ranks.rank == 1:
             raise BlockscaleError("is alone")

@@ -222,7 +222,14 @@ def test_prompts_read_in_pieces_are_drafted_for_as_whole_ones(model, monkeypatch
 
 def test_drawn_tokens_are_distributed_as_the_model_says(tmp_path):
     """Frequencies of the first three new tokens in many draws, against their probabilities."""
-    models.make_mtp(tmp_path / "wide", likely=True, vocab_size=5, initializer_range=0.1)
+    # Narrow, for thousands of sequences are drawn at once.
+    narrow = {
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    models.make_mtp(tmp_path / "wide", likely=True, vocab_size=5, initializer_range=0.1, **narrow)
     model, start, count = load(tmp_path), [1, 4], 4000
     options = {"max_new_tokens": 3, "stop": [], "sampling": Sampling(temperature=1.5, top_p=0.9)}
     tokens, drafts = counted(model, [start] * count, **options)
@@ -250,9 +257,9 @@ def test_a_trained_model_writes_the_same(tmp_path, kind):
     model = load(tmp_path, kind)
     tokenizer = transformers.AutoTokenizer.from_pretrained(data.TINY_DEEPSEEK)
     starts = ("The old man", "Once upon a time", "def main():", "In the year 1815", "She said")
-    words = (" and the sea", ", who had", " was", " of the house and of the garden behind it")
+    words = (", who had", " of the house and of the garden behind it")
     prompts = [tokenizer(start + word)["input_ids"] for start in starts for word in words]
-    check_same(model, kind, prompts, 64 if kind == "float32" else 16)
+    check_same(model, kind, prompts, 32 if kind == "float32" else 16)
     check_same(model, kind, prompts[3:4], 16)
     _, drafts = counted(model, prompts, max_new_tokens=16, stop=[])
     assert {right for each in drafts for right in each} == {True, False}
