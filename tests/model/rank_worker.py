@@ -55,7 +55,7 @@ def load(device, folder, dtype=torch.float32, **options):
 
 
 def work(path):
-    """Do the jobs of a file on all ranks or on one of two teams; what each rank has computed, or its error."""
+    """Do the jobs of a file on all ranks or on one of two teams; what each has computed, or its error."""
     with open(path) as file:
         jobs = json.load(file)
     with open_ranks("cpu") as ranks:
