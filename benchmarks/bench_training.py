@@ -68,7 +68,7 @@ class Case:
     name: str
 
     @property
-    def is_plain(self) -> bool:
+    def is_unrounded(self) -> bool:
         """Whether it is trained without rounding."""
         return self.name.partition(":")[0] == BF16
 
@@ -86,7 +86,7 @@ class Case:
             "eval-every": max(1, options.steps // 10), "save-every": options.steps, "device": options.device,
             "out": out,
         }  # fmt: skip
-        if self.is_plain:
+        if self.is_unrounded:
             asked["recipe"] = "none"
         else:
             asked |= {
@@ -183,14 +183,14 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     masters = {
         each.name: place(folder, each.name).with_name(place(folder, each.name).name + "-masters")
         for each in cases
-        if not each.is_plain
+        if not each.is_unrounded
     }
     made_from: dict[str, Path | str] = {PLAIN: bf16, SOURCE_PLAIN: options.source, **masters}
     made_from |= {CALIBRATED: bf16} if options.calibrate else {}
     texts = {"val": options.val, **dict(each.split("=", 1) for each in options.also)}
     figures: dict[str, dict[str, Any]] = {}
-    plain = [each.name for each in cases if each.is_plain]
-    for name in (*plain, *made_from):  # each is on the disk before the next is begun
+    unrounded = [each.name for each in cases if each.is_unrounded]
+    for name in (*unrounded, *made_from):  # each is on the disk before the next is begun
         if name in made_from:
             figures[name] = measured(name, made_from[name], recipe, texts, options, folder)
         record = {
