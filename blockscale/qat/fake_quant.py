@@ -41,7 +41,7 @@ from blockscale.calibrate.formats import (
     stored,
 )
 from blockscale.formats import BlockFP8
-from blockscale.reference.fp8 import MIN_WEIGHT_SCALE
+from blockscale.reference.fp8 import MIN_WEIGHT_SCALE, spread_scale
 from blockscale.reference.given_scale import check_given
 from blockscale.reference.rounding import to_grid
 
@@ -115,15 +115,8 @@ def round_scaled(weight: torch.Tensor, scale: torch.Tensor, fmt: QuantizedFormat
         BlockscaleError: wrong dtype or shape.
     """
     check_given("round_scaled", weight, scale, fmt)
-    codes = to_grid(weight.detach().float() / over_blocks(scale, fmt, weight.shape), grid_of(fmt))
+    codes = to_grid(weight.detach().float() / spread_scale(scale, block_of(fmt), weight.shape), grid_of(fmt))
     return stored(Points(codes, scale), fmt)
-
-
-def over_blocks(scale: torch.Tensor, fmt: QuantizedFormat, shape: torch.Size) -> torch.Tensor:
-    """Scales of blocks as those of values: (..., ceil(N / rows), ceil(K / columns)) -> (..., N, K)."""
-    rows, columns = block_of(fmt)
-    tall = scale if rows == 1 else scale.repeat_interleave(rows, -2)[..., : shape[-2], :]
-    return tall.repeat_interleave(columns, -1)[..., : shape[-1]]
 
 
 def rounded(

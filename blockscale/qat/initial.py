@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from blockscale.calibrate.formats import QuantizedFormat, Rounding, grid_of, values_of
+from blockscale.calibrate.formats import QuantizedFormat, Rounding, block_of, grid_of, values_of
 from blockscale.checkpoint.compare import Side, open_side
 from blockscale.checkpoint.decide import FP8
 from blockscale.checkpoint.scales import read_scale
@@ -29,9 +29,9 @@ from blockscale.formats import BlockFP8
 from blockscale.group_formats import GroupInt
 from blockscale.huggingface.partial import read_tensor
 from blockscale.huggingface.targets import Target
-from blockscale.qat.fake_quant import over_blocks
 from blockscale.qat.modules import FakeQuantLayer, start_scale_name
 from blockscale.reference import is_power_of_two
+from blockscale.reference.fp8 import spread_scale
 from blockscale.reference.rounding import Grid, to_grid
 
 _REACH = 0.4  # of the distance between two numbers of the grid
@@ -88,7 +88,7 @@ def nearest_master(own: torch.Tensor, beginning: Beginning, fmt: QuantizedFormat
         fmt: of the values.
     """
     values, grid = beginning.values, grid_of(fmt)
-    spread = over_blocks(beginning.scale, fmt, values.shape)
+    spread = spread_scale(beginning.scale, block_of(fmt), values.shape)
     codes = to_grid(values / spread, grid)
     reach = _REACH * spread * _distance(codes, grid)
     master = values + (own - values).clamp(-reach, reach)

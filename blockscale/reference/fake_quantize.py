@@ -14,11 +14,11 @@ from blockscale.formats import BlockFP8
 from blockscale.group_formats import MXFP4, GroupInt
 from blockscale.reference import checks
 from blockscale.reference.fp8 import (
-    _spread,
     dequantize_activation,
     dequantize_weight,
     quantize_activation,
     quantize_weight,
+    spread_scale,
 )
 from blockscale.reference.group import dequantize_group, quantize_group
 
@@ -72,4 +72,4 @@ def _any_of_block(bad: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     height, width = bad.shape[-2:]
     padded = torch.nn.functional.pad(bad, (0, -width % columns, 0, -height % rows))
     blocks = padded.unflatten(-2, (-1, rows)).unflatten(-1, (-1, columns)).any(dim=-1).any(dim=-2)
-    return _spread(blocks, block, bad.shape)
+    return spread_scale(blocks, block, bad.shape)

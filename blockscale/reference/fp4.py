@@ -18,7 +18,7 @@ from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8
 from blockscale.group_formats import E2M1_VALUES, MXFP4, NVFP4, group_scale_shape
 from blockscale.reference import checks
-from blockscale.reference.fp8 import _block_amax, _spread, _to_e4m3
+from blockscale.reference.fp8 import _block_amax, _to_e4m3, spread_scale
 from blockscale.reference.group_scale import apply_scale, scaled_groups
 from blockscale.reference.packing import unpack
 
@@ -138,7 +138,7 @@ def fp8_from_mxfp4(
     exponent = scale.view(torch.uint8).to(torch.int32)
     if bool((exponent == _NAN_SCALE).any()):
         raise BlockscaleError("NaN among the scales", where=f"{op}: scale", expected="finite scales")
-    each = _spread(exponent, (1, MXFP4.group_size), codes.shape)
+    each = spread_scale(exponent, (1, MXFP4.group_size), codes.shape)
     headroom = torch.tensor(_HEADROOM, dtype=torch.int32, device=codes.device)[codes.to(torch.int64) & 7]
     # The exponent that each value asks for, moved up to be positive: a value of zero asks for none.
     asked = torch.where(codes & 7 == 0, torch.zeros_like(each), each - headroom + _ABOVE_ZERO)
@@ -146,7 +146,7 @@ def fp8_from_mxfp4(
     block_exponent = torch.where(most == 0, torch.full_like(most, _ONE), most - _ABOVE_ZERO).clamp_min(1)
     block_scale = (block_exponent << 23).view(torch.float32)
     # In float64 no quotient of two E8M0 numbers underflows.
-    distance = (each - _spread(block_exponent, block_size, codes.shape)).to(torch.float64)
+    distance = (each - spread_scale(block_exponent, block_size, codes.shape)).to(torch.float64)
     moved = e2m1_value(codes) * torch.exp2(distance)
     result = _to_e4m3(moved.to(torch.float32))
     changed = _block_amax((result.to(torch.float64) != moved).to(torch.float32), block_size)

@@ -66,7 +66,7 @@ def quantize_weight(
     scale = torch.where(amax == 0, torch.ones_like(scale), scale)
     if fmt.scale_fmt == "ue8m0":
         scale = round_up_to_power_of_two(scale)
-    return _to_e4m3(x / _spread(scale, fmt.block_size, x.shape)), scale
+    return _to_e4m3(x / spread_scale(scale, fmt.block_size, x.shape)), scale
 
 
 def dequantize_weight(
@@ -88,7 +88,7 @@ def dequantize_weight(
     block_size = BlockFP8(block_size).block_size
     checks.check_scaled("dequantize_weight", codes, scale, block_size)
     checks.check_dtype("dequantize_weight: dtype", dtype, checks.HIGH_PRECISION)
-    product = codes.to(torch.float32) * _spread(scale.to(torch.float32), block_size, codes.shape)
+    product = codes.to(torch.float32) * spread_scale(scale.to(torch.float32), block_size, codes.shape)
     return _canonical_nan(product.to(dtype))
 
 
@@ -125,7 +125,7 @@ def quantize_activation(
     scale = _canonical_nan(_divide(amax, E4M3_MAX))
     if fmt.scale_fmt == "ue8m0":
         scale = round_up_to_power_of_two(scale)
-    codes = _to_e4m3(rows / _spread(scale, fmt.block_size, rows.shape))
+    codes = _to_e4m3(rows / spread_scale(scale, fmt.block_size, rows.shape))
     result = empty_scale((*scale.shape[:-2], scale.shape[-1]), scale_layout, x.device)
     return codes.squeeze(-2), result.copy_(scale.squeeze(-2))
 
@@ -174,7 +174,7 @@ def dequantize_activation(
     grid = (*codes.shape[:-1], math.ceil(codes.shape[-1] / group_size))
     checks.check_shape(f"{op}: scale", scale.shape, grid)
     rows, row_scale = codes.to(torch.float32).unsqueeze(-2), scale.to(torch.float32).unsqueeze(-2)
-    product = rows * _spread(row_scale, block_size, rows.shape)
+    product = rows * spread_scale(row_scale, block_size, rows.shape)
     return _canonical_nan(product.squeeze(-2).to(dtype))
 
 
@@ -222,7 +222,7 @@ def _block_amax(x: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
     return padded.reshape(*x.shape[:-2], grid[0], block_n, grid[1], block_k).amax(dim=(-3, -1))
 
 
-def _spread(scale: torch.Tensor, block_size: tuple[int, int], shape: torch.Size) -> torch.Tensor:
+def spread_scale(scale: torch.Tensor, block_size: tuple[int, int], shape: torch.Size) -> torch.Tensor:
     """Every block's scale repeated over the block: (..., ceil(N/bn), ceil(K/bk)) -> (..., N, K)."""
     (*experts, grid_n, grid_k), (block_n, block_k) = scale.shape, block_size
     blocks = scale[..., :, None, :, None].expand(*experts, grid_n, block_n, grid_k, block_k)

@@ -21,7 +21,7 @@ from blockscale.errors import BlockscaleError
 from blockscale.formats import BlockFP8
 from blockscale.group_formats import MXFP4, GroupInt
 from blockscale.reference import checks
-from blockscale.reference.fp8 import _canonical_nan, _spread, _to_e4m3
+from blockscale.reference.fp8 import _canonical_nan, _to_e4m3, spread_scale
 from blockscale.reference.grids import block_of, clipping_limit, grid_of
 from blockscale.reference.rounding import to_grid
 
@@ -44,7 +44,7 @@ def fake_quantize_scaled(
         BlockscaleError: wrong dtype or shape.
     """
     check_given("fake_quantize_scaled", weight, scale, fmt)
-    spread = _spread(scale, block_of(fmt), weight.shape)
+    spread = spread_scale(scale, block_of(fmt), weight.shape)
     codes = to_grid(weight.detach().float() / spread, grid_of(fmt))
     # Integers have one zero.
     value = (codes + 0.0 if isinstance(fmt, GroupInt) else codes) * spread
@@ -58,7 +58,7 @@ def quantize_scaled(weight: torch.Tensor, scale: torch.Tensor, fmt: BlockFP8) ->
         BlockscaleError: wrong dtype or shape.
     """
     check_given("quantize_scaled", weight, scale, fmt)
-    return _to_e4m3(weight.detach().float() / _spread(scale, fmt.block_size, weight.shape))
+    return _to_e4m3(weight.detach().float() / spread_scale(scale, fmt.block_size, weight.shape))
 
 
 def scaled_gradients(
@@ -84,7 +84,7 @@ def scaled_gradients(
     """
     check_given("scaled_gradients", weight, scale, fmt, grad)
     grad = grad.detach().float()
-    quotient = weight.detach().float() / _spread(scale, block_of(fmt), weight.shape)
+    quotient = weight.detach().float() / spread_scale(scale, block_of(fmt), weight.shape)
     inside = quotient.abs() <= clipping_limit(fmt)
     of_weight = _canonical_nan((grad * inside).to(weight.dtype))
     if not of_scale:

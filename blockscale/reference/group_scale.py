@@ -11,9 +11,9 @@ from blockscale.reference.fp8 import (
     _block_amax,
     _canonical_nan,
     _divide,
-    _spread,
     find_nonfinite,
     round_up_to_power_of_two,
+    spread_scale,
 )
 
 
@@ -36,12 +36,12 @@ def scaled_groups(op: str, weight: torch.Tensor, fmt: GroupInt | MXFP4) -> tuple
         scale = exponent.to(torch.uint8).view(torch.float8_e8m0fnu)
     else:
         scale = exact.to(torch.bfloat16)
-    return x / _spread(scale.to(torch.float32), (1, fmt.group_size), x.shape), scale
+    return x / spread_scale(scale.to(torch.float32), (1, fmt.group_size), x.shape), scale
 
 
 def apply_scale(
     values: torch.Tensor, scale: torch.Tensor, group_size: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Float32 values (..., N, K) times their scales (..., N, ceil(K/G)), rounded once to `dtype`."""
-    product = values * _spread(scale.to(torch.float32), (1, group_size), values.shape)
+    product = values * spread_scale(scale.to(torch.float32), (1, group_size), values.shape)
     return _canonical_nan(product.to(dtype))

@@ -2,9 +2,10 @@
 
 import pytest
 
-from blockscale.calibrate.formats import Rounding, grid_of, values_of
-from blockscale.qat.fake_quant import over_blocks, round_scaled
+from blockscale.calibrate.formats import Rounding, block_of, grid_of, values_of
+from blockscale.qat.fake_quant import round_scaled
 from blockscale.qat.initial import Beginning, nearest_master
+from blockscale.reference.fp8 import spread_scale
 from blockscale.reference.rounding import to_grid
 from tests.qat.test_fake_quant import every_format, random, rounded, same_bits
 
@@ -22,6 +23,6 @@ def test_masters_have_the_codes_and_are_as_near_as_these_allow(fmt, noise):
     assert bool(((master - own).abs() <= (values - own).abs()).all())
     assert float((master - own).norm()) < (0.98 if noise else 0.5) * float((values - own).norm())
     # A tenth of a step further no code has changed but where numbers below are closer, or at zero.
-    spread = over_blocks(scale.float(), fmt, own.shape)
+    spread = spread_scale(scale.float(), block_of(fmt), own.shape)
     further = to_grid((master + 0.05 * (master - values)) / spread, grid_of(fmt)) * spread
     assert float((further != values).float().mean()) < 0.02
