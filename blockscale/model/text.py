@@ -46,6 +46,11 @@ class Tokenizer:
         token: int | None = self._tokenizer.eos_token_id
         return token
 
+    def is_known_as(self, other: Tokenizer) -> bool:
+        """Whether the two are the same by what they are made of; if not, their tokens may still agree."""
+        mine, theirs = (getattr(each._tokenizer, "backend_tokenizer", None) for each in (self, other))
+        return mine is not None and theirs is not None and bool(mine.to_str() == theirs.to_str())
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with what the tokenizer puts before it."""
         # Quiet: that a text is longer than the context is the caller's to judge.

@@ -16,6 +16,7 @@ from blockscale.evaluate.loading import Loading
 from blockscale.evaluate.run import Text
 from blockscale.evaluate.subjects import open_subject
 from blockscale.evaluate.text import read_text
+from blockscale.model.text import Tokenizer
 from tests.evaluate.models import WORDS, save_tokenizer
 from tests.model import models
 
@@ -118,6 +119,19 @@ def test_other_tokens_of_a_text_are_refused(setting, checkpoints, tmp_path):
     save_tokenizer(other, shift=1)
     with pytest.raises(BlockscaleError, match="tokenizers differ"):
         evaluate(**setting | {"reference": str(other)})
+
+
+def test_a_text_is_read_once_by_tokenizers_that_are_known_to_be_the_same(setting, tmp_path, monkeypatch):
+    save_tokenizer(tmp_path / "other", shift=1)
+    mine, same, other = (
+        Tokenizer(each) for each in (setting["model"], setting["reference"], tmp_path / "other")
+    )
+    assert mine.is_known_as(same)
+    assert not mine.is_known_as(other)
+    calls, encode = [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: calls.append(text) or encode(self, text))
+    evaluate(**setting)
+    assert len(calls) == 1
 
 
 def test_a_model_of_another_runtime_is_refused(setting, tmp_path):
