@@ -111,7 +111,8 @@ def test_interrupted_between_saves_it_goes_on_to_the_same_losses_and_bytes(sourc
     )
 
 
-def test_killed_it_goes_on_from_the_command_line(source, text, tmp_path):
+def test_killed_it_goes_on_from_the_command_line(source, text, tmp_path, monkeypatch, blockscale):
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
     command = [
         *("train", source, text, "--recipe", "int3.json", "--out", out, "--max-steps", 6, "--batch", 4),
@@ -120,28 +121,35 @@ def test_killed_it_goes_on_from_the_command_line(source, text, tmp_path):
     (tmp_path / "int3.json").write_text(
         json.dumps({"layout": "blockscale", "precision": {"default": "int3:g64"}})
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def run(*arguments):
-        options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": False}
-        return subprocess.run([sys.executable, *map(str, arguments)], **options)
-
-    killed = run("-m", "tests.qat.dying", 5, *command)
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.qat.dying", "5", *map(str, command)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert newest(work_of(out)).step == 4
-    resumed = run("-m", "blockscale", *command, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = told(blockscale(*command, "--resume"))
     job = training(
         source, text, distill=None, check_data=None, lr=1e-3, recipe=read_recipe(tmp_path / "int3.json")
     )
     assert losses_of(resumed) == losses(train(job, tmp_path / "whole"))
 
 
-def losses_of(process):
-    return [each["loss"] for each in json.loads(process.stdout)["steps"]]
+def told(ended):
+    """What a command that went well has said in JSON."""
+    code, out, err = ended
+    assert code == 0, err
+    return json.loads(out)
 
 
-def test_two_processes_train_as_one_does(mixture, text, tmp_path):
+def losses_of(said):
+    return [each["loss"] for each in said["steps"]]
+
+
+def test_two_processes_train_as_one_does(mixture, text, tmp_path, blockscale):
     recipe = tmp_path / "w4a8.json"
     recipe.write_text(
         json.dumps({"layout": "blockscale", "precision": {"default": "fp8", "experts": "int4:g32"}})
@@ -151,18 +159,11 @@ def test_two_processes_train_as_one_does(mixture, text, tmp_path):
         *("--lr", 1e-3, "--scales", "learned", "--eval-data", text, "--eval-windows", 3, "--eval-every", 2),
         *("--save-every", 2, "--device", "cpu", "--json"),
     ]
-    single = subprocess.run(
-        [sys.executable, "-m", "blockscale", *map(str, command), "--out", str(tmp_path / "one")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     double = torchrun("-m", "blockscale", *command, "--out", tmp_path / "two")
-    assert double.returncode == 0, double.stderr
+    two = told((double.returncode, double.stdout, double.stderr))
+    one = told(blockscale(*command, "--out", tmp_path / "one"))
     # Sums of gradients are in another order.
-    assert losses_of(double) == pytest.approx(losses_of(single), rel=1e-5)
-    one, two = json.loads(single.stdout), json.loads(double.stdout)
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
     for found, expected in zip(two["checks"], one["checks"], strict=True):
         assert found["nll"] == pytest.approx(expected["nll"], rel=1e-5)
     assert two["reference"]["nll"] == pytest.approx(one["reference"]["nll"], rel=1e-6)
