@@ -98,7 +98,7 @@ def test_gradients_are_those_of_the_reference(backend, fmt, shape, of_scale):
         assert of_scales is None
         return
     # Order of a float32 sum: relative to the sum of magnitudes, an ulp for each time it is halved.
-    quotient = (weight.double() / truth._spread(scale, block_of(fmt), weight.shape)).abs()
+    quotient = (weight.double() / truth.spread_scale(scale, block_of(fmt), weight.shape)).abs()
     each = grad.double().abs() * quotient.clamp_max(2 * grid_of(fmt).largest)
     bound = 1e-6 * truth._sum_blocks(each, block_of(fmt))
     assert of_scales.dtype == torch.float32
