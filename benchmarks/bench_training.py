@@ -245,8 +245,11 @@ def share(figures: dict[str, dict[str, Any]], name: str) -> dict[str, dict[str, 
 
 def curve(told: dict[str, Any]) -> dict[str, Any]:
     """Of what a training said, what is recorded."""
+    options = {key: told["training"][key] for key in ("lr", "scale_lr", "qat", "distill", "initial")}
+    # Where a checkpoint lay says nothing; which one it was does.
+    options |= {key: options[key] and Path(options[key]).name for key in ("distill", "initial")}
     return {
-        "options": {key: told["training"][key] for key in ("lr", "scale_lr", "qat", "distill", "initial")},
+        "options": options,
         "seconds": told["seconds"],
         "steps": thinned(told["steps"]),
         "checks": told["checks"],

@@ -2,10 +2,11 @@
 
     python benchmarks/plot_training.py [--results F] [--output docs/images]
 
-A picture for every model, training_MODEL.png, of its latest run. Left: perplexity of text that is not trained
-on, at the checks of every training. Right: how far each lies above the one without rounding after as many
-steps, in percent; dashed, what rounding makes of that one when it is done, and at the end of a curve the 95 %
-interval of the checkpoint that was written, both on the windows of the figures, which are more.
+A picture for every model and recipe, training_MODEL_RECIPE.png, of the latest run. Left: perplexity of
+text that is not trained on, at the checks of every training. Right: how far each lies above the one without
+rounding after as many steps, in percent; dashed, what rounding makes of that one when it is done, and at the
+end of a curve the 95 % interval of the checkpoint that was written, both on the windows of the figures, which
+are more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 RESULTS = Path(__file__).parent / "results" / "training.jsonl"
 OUTPUT = Path(__file__).parent.parent / "docs" / "images"
@@ -28,24 +30,24 @@ BF16, TEXT = "bf16", "val"
 GRAY, COLORS = "#7F7F7F", ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 # What is rounded after training, and how it is drawn.
 ROUNDED = {"plain": ("rounded plainly", ":"), "calibrated": ("rounded, calibrated", "--")}
-_SETTINGS = ("recipe", "steps", "batch", "context", "lr", "data")  # what the records of a run have in common
+_SETTINGS = ("steps", "batch", "context", "lr", "data")  # what the records of a run have in common
 _WORDS = {"initial": "from {} codes", "distill": "distilled from {}"}
 Record = dict[str, Any]
 
 
-def latest(path: Path) -> dict[str, dict[str, Record]]:
-    """Model -> case -> record of the latest run."""
+def latest(path: Path) -> dict[tuple[str, str], dict[str, Record]]:
+    """Model and recipe -> case -> record of the latest run."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     records = sorted(
         (each for each in records if each["benchmark"] == "training"), key=lambda each: each["date"]
     )
     if not records:
         raise SystemExit(f"error: {path} has no record of a training; run benchmarks/bench_training.py")
-    runs: dict[str, dict[str, Record]] = {}
-    for model in dict.fromkeys(each["model"] for each in records):
-        own = [each for each in records if each["model"] == model]
+    runs: dict[tuple[str, str], dict[str, Record]] = {}
+    for key in dict.fromkeys((each["model"], each["recipe"]) for each in records):
+        own = [each for each in records if (each["model"], each["recipe"]) == key]
         last = [own[-1][name] for name in _SETTINGS]
-        runs[model] = {each["case"]: each for each in own if [each[name] for name in _SETTINGS] == last}
+        runs[key] = {each["case"]: each for each in own if [each[name] for name in _SETTINGS] == last}
     return runs
 
 
@@ -128,6 +130,9 @@ def _interval(axis: Axes, step: float, record: Record, color: str) -> None:
 
 def _label(left: Axes, right: Axes) -> None:
     left.set_yscale("log")
+    # A few round numbers; those of logarithms are one or two where perplexity falls by a third.
+    left.yaxis.set_major_locator(MaxNLocator(8))
+    left.yaxis.set_minor_locator(NullLocator())
     for axis in (left, right):
         axis.set_xlabel("steps")
         axis.grid(axis="y", which="both", color="#E4E4E4", linewidth=0.6)
@@ -147,8 +152,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
-    for model, run in latest(arguments.results).items():
-        path = arguments.output / f"training_{model.lower()}.png"
+    for (model, recipe), run in latest(arguments.results).items():
+        path = arguments.output / f"training_{model}_{recipe}.png".lower()
         draw(path, model, run)
         print(path)
 

@@ -39,17 +39,18 @@ def _write(path, records):
     return path
 
 
-def test_the_latest_run_of_each_model_is_drawn(tmp_path):
+def test_the_latest_run_of_each_model_and_recipe_is_drawn(tmp_path):
     records = [
         _record("dynamic", "2026-12-01", {0: 1.0}, steps=5),
         _record("bf16", "2026-12-01", {0: 9.0}),
         *RUN,
         _record("bf16", "2026-12-01", {0: 2.0}, model="Other"),
+        _record("bf16", "2026-12-04", {0: 3.0}, recipe="int4"),
         {"benchmark": "another", "date": "2026-12-03"},
     ]
     runs = plot.latest(_write(tmp_path / "training.jsonl", records))
-    assert runs.keys() == {"Small", "Other"}
-    assert runs["Small"] == {each["case"]: each for each in RUN}
+    assert runs.keys() == {("Small", "w4a8"), ("Other", "w4a8"), ("Small", "int4")}
+    assert runs["Small", "w4a8"] == {each["case"]: each for each in RUN}
 
 
 def test_no_record_is_one_line(tmp_path):
