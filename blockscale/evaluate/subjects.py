@@ -142,7 +142,7 @@ class TransformersSubject:
     def first_nonfinite(self, ids: torch.Tensor) -> str | None:
         """See `Subject`."""
         found: list[str] = []
-        with _watched(self._model, found):
+        with watched(self._model, found):
             self.logits(ids)
         return found[0] if found else None
 
@@ -152,8 +152,8 @@ class TransformersSubject:
 
 
 @contextmanager
-def _watched(model: torch.nn.Module, found: list[str]) -> Iterator[None]:
-    """Note the name of every module without children whose output is not finite."""
+def watched(model: torch.nn.Module, found: list[str]) -> Iterator[None]:
+    """Put the name of every module without children whose output is not finite on a list, in order."""
 
     def note(name: str) -> Any:
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:

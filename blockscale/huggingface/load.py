@@ -57,18 +57,19 @@ def load_model(
     return loader.from_pretrained(path, config=model_config, **options)
 
 
-def load_as_stored(source: Source, dtype: Any = "auto") -> Any:
+def load_as_stored(source: Source, dtype: Any = "auto", *, auto_class: Any = AutoModelForCausalLM) -> Any:
     """A model of transformers on the CPU, in evaluation mode, of a checkpoint that is not quantized.
 
     Args:
         source: local folder or Hub repository.
         dtype: of the weights; by default as they are stored.
+        auto_class: a class with `from_pretrained`.
 
     Raises:
         BlockscaleError: a source that transformers does not read.
     """
     place, options = local_or_hub(source)
-    return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options).eval()
+    return auto_class.from_pretrained(place, dtype=dtype, **options).eval()
 
 
 def local_or_hub(source: Source) -> tuple[str, dict[str, str]]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from blockscale.checkpoint.names import role_of
-from blockscale.evaluate.subjects import TransformersSubject
+from blockscale.evaluate.subjects import watched
 from blockscale.huggingface.modules import EXPERT_WEIGHTS, GATE, is_experts
 from blockscale.qat import grouped
 
@@ -72,21 +72,24 @@ def _exact(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def first_not_finite(model: Any, parts: Sequence[torch.Tensor], arithmetic: Arithmetic) -> str:
+def first_not_finite(
+    model: Any, predict: Callable[[torch.Tensor], object], parts: Sequence[torch.Tensor]
+) -> str:
     """The first module whose output is NaN or Inf, else the first parameter whose gradient is.
 
     Args:
         model: sharded, all processes have to ask.
+        predict: a forward pass of the training.
         parts: int64 (B, T) token ids of the step, all of which are looked at.
-        arithmetic: of forward passes.
     """
-    training = model.training
-    with arithmetic():
-        found = [TransformersSubject("model", model).first_nonfinite(ids) for ids in parts]
+    training, found = model.training, list[str]()
+    model.eval()
+    with torch.no_grad(), watched(model, found):
+        for ids in parts:
+            predict(ids)
     model.train(training)
-    for name in found:
-        if name is not None:
-            return name
+    if found:
+        return found[0]
     gradients = ((name, each.grad) for name, each in model.named_parameters() if each.grad is not None)
     worst = next((name for name, grad in gradients if not bool(_local(grad).isfinite().all())), None)
     return "the loss itself" if worst is None else f"the gradient of {worst}"

@@ -36,6 +36,7 @@ from blockscale.checkpoint.rounded import scale_of_rounded
 from blockscale.checkpoint.source import open_source
 from blockscale.errors import BlockscaleError, NonFiniteError
 from blockscale.formats import ScaleFmt
+from blockscale.huggingface.mtp import DeepseekV3ForCausalLM
 from blockscale.huggingface.partial import no_bars
 from blockscale.qat.fake_quant import round_scaled
 from blockscale.qat.modules import (
@@ -159,6 +160,8 @@ def save_masters(
         name: each if dtype is None or keeps(name) or not each.is_floating_point() else each.to(dtype)
         for name, each in state.items()
     }
+    if isinstance(model, DeepseekV3ForCausalLM):
+        cast |= model.copies(cast, trained)  # a copy would not have the scales that were trained
     with no_bars():
         model.save_pretrained(folder, state_dict=cast)
     named = model.get_input_embeddings().weight.dtype if dtype is None else dtype

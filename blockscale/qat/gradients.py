@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from transformers import masking_utils
 
+from blockscale.huggingface.mtp import DeepseekV3ForCausalLM
 from blockscale.ops.capture import capture
 from blockscale.qat.arithmetic import Arithmetic
-from blockscale.qat.losses import divergence, next_token_loss
+from blockscale.qat.losses import MTP_WEIGHT, divergence, next_token_loss
 
 _logger = logging.getLogger(__name__)
 
@@ -55,14 +56,22 @@ class Objective:
                 losses.append(loss.detach())
         return torch.stack(losses).sum()
 
-    def _loss(self, ids: torch.Tensor) -> torch.Tensor:
+    def predicted(self, ids: torch.Tensor) -> Any:
+        """What the model says of int64 (B, T): `logits`, and `drafts` where it makes them."""
+        drafts = {"drafts": True} if isinstance(self.model, DeepseekV3ForCausalLM) else {}
         with self.arithmetic():
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        if self.teacher is None:
-            return next_token_loss(logits, ids)
-        with torch.no_grad():
-            teacher = self.teacher(input_ids=ids, use_cache=False).logits
-        return divergence(logits, teacher)
+            return self.model(input_ids=ids, use_cache=False, **drafts)
+
+    def _loss(self, ids: torch.Tensor) -> torch.Tensor:
+        found, targets = self.predicted(ids), ids
+        compare: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = next_token_loss
+        if self.teacher is not None:
+            compare = divergence
+            with torch.no_grad():
+                targets = self.teacher(input_ids=ids, use_cache=False).logits
+        loss = compare(found.logits, targets)
+        drafts = getattr(found, "drafts", None)
+        return loss if drafts is None else loss + MTP_WEIGHT * compare(drafts, targets[:, 1:])
 
 
 class Gradients:

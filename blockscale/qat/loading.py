@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from blockscale.checkpoint.model_config import read_config
 from blockscale.checkpoint.names import check_patterns, matches, role_of
@@ -13,6 +14,7 @@ from blockscale.checkpoint.source import Source, open_source
 from blockscale.errors import BlockscaleError
 from blockscale.evaluate.loading import is_quantized
 from blockscale.huggingface.load import load_as_stored
+from blockscale.huggingface.mtp import DeepseekV3ForCausalLM, has_mtp
 from blockscale.huggingface.partial import no_bars
 from blockscale.model.ranks import Ranks
 from blockscale.qat.request import Training
@@ -20,10 +22,10 @@ from blockscale.qat.sharding import shard
 
 
 def load(source: Source, dtype: torch.dtype, ranks: Ranks) -> Any:
-    """A model of transformers on this process's device.
+    """A model of transformers on this process's device, with its multi-token prediction layer.
 
     Raises:
-        BlockscaleError: it is quantized, or transformers does not read it.
+        BlockscaleError: it is quantized, transformers does not read it, or it has several such layers.
     """
     if is_quantized(source):
         raise BlockscaleError(
@@ -32,8 +34,9 @@ def load(source: Source, dtype: torch.dtype, ranks: Ranks) -> Any:
             expected="unquantized weights",
             remedy="run blockscale dequantize, and name this one with --initial",
         )
+    auto_class = DeepseekV3ForCausalLM if has_mtp(source) else AutoModelForCausalLM
     with no_bars():
-        return load_as_stored(source, dtype).to(ranks.device)
+        return load_as_stored(source, dtype, auto_class=auto_class).to(ranks.device)
 
 
 def load_teacher(training: Training, ranks: Ranks) -> nn.Module:
@@ -45,7 +48,8 @@ def load_teacher(training: Training, ranks: Ranks) -> nn.Module:
     assert training.distill is not None
     source = open_source(training.distill)
     wide = training.qat.compute == torch.float32
-    teacher = load(source, torch.float32 if wide else torch.bfloat16, ranks).requires_grad_(False)
+    dtype = torch.float32 if wide else torch.bfloat16
+    teacher = load(source, dtype, ranks).requires_grad_(False)
     vocabulary, own = (read_config(each).get("vocab_size") for each in (source, open_source(training.model)))
     if vocabulary != own:
         raise BlockscaleError("has another vocabulary", where=training.distill, expected=own, got=vocabulary)

@@ -5,6 +5,10 @@
 
 with q = softmax of the model's logits z and p = softmax of the teacher's, all in float32, nats a token. The
 gradient has the dtype of the logits, and needs no memory of float32 logits of the whole batch.
+
+A multi-token prediction layer adds `MTP_WEIGHT` times the same of its drafts. Position i of them predicts
+token i + 2, as the model does one position later: that token, or the teacher's prediction of it, is its
+target.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 
 import torch
 
+MTP_WEIGHT = 0.1  # that of the last third of DeepSeek-V3's training (arXiv:2412.19437, section 4.2)
 _VALUES = 1 << 26  # logits in float32 at a time
 
 

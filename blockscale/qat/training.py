@@ -248,7 +248,7 @@ def _step(state: _State, work: Path) -> Step:
     mean = state.ranks.all_reduce(loss) / state.ranks.world
     found, size = torch.stack([mean, norm]).tolist()
     if not (math.isfinite(found) and math.isfinite(size)):
-        first = first_not_finite(state.model, state.objective.parts(ids), state.objective.arithmetic)
+        first = first_not_finite(state.model, state.objective.predicted, state.objective.parts(ids))
         raise _not_finite(f"at step {state.done + 1}: loss {found:g}", first, work)
     optimizer.step()
     state.gradients.clear()

@@ -6,23 +6,30 @@ import pytest
 import torch
 from transformers import masking_utils
 
+from blockscale.checkpoint.source import open_source
+from blockscale.model.ranks import ONE
 from blockscale.qat import QatOptions, prepare
 from blockscale.qat.arithmetic import arithmetic_of
 from blockscale.qat.gradients import Gradients, Objective, one_sequence_a_row
 from blockscale.qat.grouped import is_fast
+from blockscale.qat.loading import load
 from tests.evaluate.models import WORD_COUNT, random_tokens
+from tests.model import models
 from tests.qat.jobs import INT3
 from tests.qat.models import checkpoints
 
 BATCH, CONTEXT = 4, 16
-KINDS = ["llama", "deepseek_v3"]
+KINDS = ["llama", "deepseek_v3", "mtp"]
 
 
 @pytest.fixture
 def make_model(tmp_path):
     def make(name, device="cpu", **options):
-        folder = checkpoints.make(tmp_path / name, name, vocab_size=WORD_COUNT, initializer_range=0.05)
-        model = checkpoints.plain(folder).to(device).train()
+        if name == "mtp":
+            models.make_mtp(tmp_path / name, moe_intermediate_size=64, initializer_range=0.05)
+        else:
+            checkpoints.make(tmp_path / name, name, vocab_size=WORD_COUNT, initializer_range=0.05)
+        model = load(open_source(str(tmp_path / name)), torch.float32, ONE).to(device).train()
         return prepare(model, INT3, QatOptions(**options)) if options else model
 
     return make
