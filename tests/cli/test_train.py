@@ -5,6 +5,9 @@ import json
 import pytest
 
 from blockscale.checkpoint.convert import quantize_checkpoint
+from blockscale.cli.train import _print as show
+from blockscale.qat import Check, Step, TrainingResult
+from blockscale.report.training import summary
 from tests import data
 
 jobs = pytest.importorskip("tests.qat.jobs")
@@ -43,6 +46,29 @@ def test_it_prints_perplexities_and_writes_a_report(blockscale, folder, tmp_path
     assert all(f">{title}<" in source for title in ("Loss", "Perplexity", "Gradient and rate"))
     assert blockscale("verify", tmp_path / "out")[0] == 0
     assert blockscale("inspect", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("nll", "printed", "reported"),
+    [
+        (3.25, "83% of the gap is closed", ("83 %", "between the source and plain rounding")),
+        (
+            2.5,
+            "better than the source; compare with --recipe none, trained as long",
+            ("100 %", "between the source and plain rounding; more than all, so compare with --recipe none, "
+             "trained as long"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_share_of_the_gap_is_told_only_up_to_all_of_it(nll, printed, reported, capsys):
+    asked = {"model": "source", "recipe": {}, "distill": None}
+    steps = (Step(1, 3.0, 1e-3, 1.0, 0.5),)
+    checks = (Check(0, 4.0, 0.1), Check(1, nll, 0.1))
+    result = TrainingResult(asked, "out", steps, checks, Check(0, 3.0, 0.1), 1.0)
+    show(result)
+    assert capsys.readouterr().out.splitlines()[-2].strip() == printed
+    name, *rest = summary(result).entries[-1]
+    assert (name, tuple(rest)) == ("of the gap closed", reported)
 
 
 def test_it_prints_one_json_object(blockscale, folder, tmp_path):
