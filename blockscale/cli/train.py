@@ -228,7 +228,7 @@ def _watching(steps: int, *, quiet: bool) -> Iterator[Callable[[Step | Check], N
 
 
 def _print(result: TrainingResult) -> None:
-    from blockscale.qat import recovered
+    from blockscale.qat.history import MORE_THAN_ALL
 
     first, last = result.steps[0], result.steps[-1]
     out = console.out
@@ -240,8 +240,7 @@ def _print(result: TrainingResult) -> None:
         if result.training["recipe"] is not None:
             out.print(f"            {before.perplexity:.3f}  rounded before training")
         out.print(f"            {after.perplexity:.3f}  trained")
-        share = recovered(result.reference.perplexity, before.perplexity, after.perplexity)
-        if share > 0 and result.training["recipe"] is not None:
-            better = "better than the source; compare with --recipe none, trained as long"
-            out.print(f"            {better if share > 1 else f'{share:.0%} of the gap is closed'}")
+        if result.recovered > 0:
+            closed = f"{result.recovered:.0%} of the gap is closed"
+            out.print(f"            {MORE_THAN_ALL if result.recovered > 1 else closed}")
     out.print(f"{result.out}: written")

@@ -18,6 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 from transformers.utils import ModelOutput
 
+from blockscale.checkpoint.families import mtp_prefixes
 from blockscale.checkpoint.index import read_index
 from blockscale.checkpoint.model_config import read_config
 from blockscale.checkpoint.source import Source
@@ -80,7 +81,7 @@ class DeepseekV3ForCausalLM(transformers.DeepseekV3ForCausalLM):
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor | None = None, *, drafts: bool = False, **options: Any) -> Any:
-        """As in transformers; with `drafts`, `Predicted` of int64 (B, T) `input_ids`, T > 1."""
+        """As in transformers; with `drafts`, `Predicted` of int64 (B, T) `input_ids`, T > 2."""
         if not drafts:
             return super().forward(input_ids=input_ids, **options)
         assert input_ids is not None
@@ -107,9 +108,7 @@ class DeepseekV3ForCausalLM(transformers.DeepseekV3ForCausalLM):
         )
         return drafted
 
-    def copies(
-        self, state: Mapping[str, torch.Tensor], rounded: Collection[str] = ()
-    ) -> dict[str, torch.Tensor]:
+    def copies(self, state: Mapping[str, torch.Tensor], rounded: Collection[str]) -> dict[str, torch.Tensor]:
         """The copies of embedding and head that a checkpoint has in the layer.
 
         Args:
@@ -128,12 +127,10 @@ def has_mtp(source: Source) -> bool:
         BlockscaleError: it has several.
     """
     config = read_config(source)
-    layers = config.get("num_nextn_predict_layers") or 0
-    if config.get("model_type") != "deepseek_v3" or not layers:
-        return False
-    found = f"model.layers.{config['num_hidden_layers']}.eh_proj.weight" in read_index(source).tensors
-    if found and layers > 1:
+    prefixes = mtp_prefixes(config) if config.get("model_type") == "deepseek_v3" else ()
+    found = bool(prefixes) and f"{prefixes[0]}eh_proj.weight" in read_index(source).tensors
+    if found and len(prefixes) > 1:
         raise BlockscaleError(
-            "has several multi-token prediction layers", where=source.spec, expected="one", got=layers
+            "has several multi-token prediction layers", where=source.spec, expected="one", got=len(prefixes)
         )
     return found

@@ -26,18 +26,18 @@ from blockscale.errors import BlockscaleError
 
 if TYPE_CHECKING:
     from blockscale.qat.exporting import export
-    from blockscale.qat.history import Check, Step, recovered
+    from blockscale.qat.history import Check, Step, TrainingResult, recovered
     from blockscale.qat.modules import QatOptions, fake_quantized_weights
     from blockscale.qat.preparation import prepare
     from blockscale.qat.request import RunLimits, Training
-    from blockscale.qat.training import TrainingResult, train
+    from blockscale.qat.training import train
 
 _MODULES = {
     "Check": "history",
     "QatOptions": "modules",
     "RunLimits": "request",
     "Step": "history",
-    "TrainingResult": "training",
+    "TrainingResult": "history",
     "Training": "request",
     "export": "exporting",
     "fake_quantized_weights": "modules",

@@ -1,4 +1,4 @@
-"""What a training has seen: a line of JSON for every step and every check, on disk as it goes."""
+"""What a training has seen: a line of JSON for every step and every check, on disk as it goes; its result."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from blockscale.checkpoint.journal import read_records
 from blockscale.checkpoint.writer import io_errors, write_synced
 from blockscale.evaluate.windows import exponential
+
+# What to say where training won more than rounding had cost, which is then no share of anything.
+MORE_THAN_ALL = "better than the source; compare with --recipe none, trained as long"
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,37 @@ class History:
 
 def _line(entry: Step | Check) -> str:
     return json.dumps(asdict(entry)) + "\n"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A training that is done.
+
+    Attributes:
+        training: what was asked.
+        out: where the checkpoint is.
+        steps, checks: see `History`.
+        reference: the model on the text of the checks, before its layers were replaced; None without checks.
+        seconds: that the last run took.
+    """
+
+    training: dict[str, Any]
+    out: str
+    steps: tuple[Step, ...]
+    checks: tuple[Check, ...]
+    reference: Check | None
+    seconds: float
+
+    @property
+    def recovered(self) -> float:
+        """Share of the gap of perplexity between the source and plain rounding that is closed.
+
+        NaN without a recipe, checks or a gap; more than 1 where the model got better than the source.
+        """
+        if self.training["recipe"] is None or self.reference is None or not self.checks:
+            return math.nan
+        before, after = self.checks[0].perplexity, self.checks[-1].perplexity
+        return recovered(self.reference.perplexity, before, after)
 
 
 def recovered(reference: float, plain: float, trained: float) -> float:

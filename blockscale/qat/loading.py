@@ -20,6 +20,8 @@ from blockscale.model.ranks import Ranks
 from blockscale.qat.request import Training
 from blockscale.qat.sharding import shard
 
+_SHORTEST_DRAFTED = 3  # tokens: two that are known, and one to predict
+
 
 def load(source: Source, dtype: torch.dtype, ranks: Ranks) -> Any:
     """A model of transformers on this process's device, with its multi-token prediction layer.
@@ -59,7 +61,7 @@ def load_teacher(training: Training, ranks: Ranks) -> nn.Module:
 
 
 def check_context(model: Any, training: Training) -> None:
-    """Refuse sequences that are longer than the model was made for.
+    """Refuse sequences that are longer than the model was made for, or too short to draft for.
 
     Raises:
         BlockscaleError: as said.
@@ -70,6 +72,13 @@ def check_context(model: Any, training: Training) -> None:
             "longer than the model's context",
             where="context",
             expected=f"at most {most}",
+            got=training.context,
+        )
+    if isinstance(model, DeepseekV3ForCausalLM) and training.context < _SHORTEST_DRAFTED:
+        raise BlockscaleError(
+            "too short for a multi-token prediction layer",
+            where="context",
+            expected=f"at least {_SHORTEST_DRAFTED}",
             got=training.context,
         )
 

@@ -39,7 +39,7 @@ from blockscale.qat.arithmetic import (
 from blockscale.qat.checking import check, check_windows
 from blockscale.qat.exporting import export, export_unquantized, round_kept
 from blockscale.qat.gradients import Gradients, Objective
-from blockscale.qat.history import Check, History, Step
+from blockscale.qat.history import Check, History, Step, TrainingResult
 from blockscale.qat.loading import check_context, freeze, load, load_teacher
 from blockscale.qat.optimizer import fill_moments, make_optimizer, rate_at, set_rate, whole_moments
 from blockscale.qat.preparation import prepare
@@ -52,26 +52,6 @@ from blockscale.qat.workplace import check_same, workplace
 WORK = ".training"
 _HISTORY = "history.jsonl"
 _EXPORTED = torch.bfloat16  # dtype of what is not quantized
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """A training that is done.
-
-    Attributes:
-        training: what was asked.
-        out: where the checkpoint is.
-        steps, checks: see `History`.
-        reference: the model on the text of the checks, before its layers were replaced; None without checks.
-        seconds: that the last run took.
-    """
-
-    training: dict[str, Any]
-    out: str
-    steps: tuple[Step, ...]
-    checks: tuple[Check, ...]
-    reference: Check | None
-    seconds: float
 
 
 @dataclass

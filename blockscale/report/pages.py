@@ -8,7 +8,7 @@ from blockscale.checkpoint.convert import ConversionReport
 from blockscale.evaluate.compare import WindowScore
 from blockscale.evaluate.diagnose import Diagnosis
 from blockscale.evaluate.run import Evaluation
-from blockscale.qat.training import TrainingResult
+from blockscale.qat.history import TrainingResult
 from blockscale.report import diagnosis, evaluation, provenance, search, sizes, training
 from blockscale.report.content import Code, Facts, Note, Page, Section
 from blockscale.report.histogram import read_histograms

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from blockscale.qat.history import Step, recovered
-from blockscale.qat.training import TrainingResult
+from blockscale.qat.history import MORE_THAN_ALL, Step, TrainingResult
 from blockscale.report import figures
 from blockscale.report.content import Chart, Facts, Section, Table, View
 from blockscale.report.figures import Axis
@@ -32,12 +31,9 @@ def summary(result: TrainingResult) -> Facts:
         before, after, exact = checks[0].perplexity, checks[-1].perplexity, result.reference.perplexity
         entries.append(("perplexity", f"{after:.3f}", f"{before:.3f} before training"))
         entries.append(("of the source", f"{exact:.3f}", result.training["model"]))
-        share = recovered(exact, before, after)
-        if result.training["recipe"] is not None and not math.isnan(share):
-            note = "between the source and plain rounding"
-            if share > 1:  # by what training won beside what rounding had cost
-                note += "; more than all, so compare with --recipe none, trained as long"
-            entries.append(("of the gap closed", percent(min(share, 1.0), 0), note))
+        if not math.isnan(result.recovered):
+            note = MORE_THAN_ALL if result.recovered > 1 else "between the source and plain rounding"
+            entries.append(("of the gap closed", percent(min(result.recovered, 1.0), 0), note))
     return Facts(tuple(entries))
 
 

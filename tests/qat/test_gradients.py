@@ -14,9 +14,7 @@ from blockscale.qat.gradients import Gradients, Objective, one_sequence_a_row
 from blockscale.qat.grouped import is_fast
 from blockscale.qat.loading import load
 from tests.evaluate.models import WORD_COUNT, random_tokens
-from tests.model import models
-from tests.qat.jobs import INT3
-from tests.qat.models import checkpoints
+from tests.qat.jobs import INT3, make_source
 
 BATCH, CONTEXT = 4, 16
 KINDS = ["llama", "deepseek_v3", "mtp"]
@@ -25,11 +23,8 @@ KINDS = ["llama", "deepseek_v3", "mtp"]
 @pytest.fixture
 def make_model(tmp_path):
     def make(name, device="cpu", **options):
-        if name == "mtp":
-            models.make_mtp(tmp_path / name, moe_intermediate_size=64, initializer_range=0.05)
-        else:
-            checkpoints.make(tmp_path / name, name, vocab_size=WORD_COUNT, initializer_range=0.05)
-        model = load(open_source(str(tmp_path / name)), torch.float32, ONE).to(device).train()
+        folder = make_source(tmp_path / name, name)
+        model = load(open_source(str(folder)), torch.float32, ONE).to(device).train()
         return prepare(model, INT3, QatOptions(**options)) if options else model
 
     return make

@@ -1,6 +1,6 @@
 """A multi-token prediction layer trains with its model, and the runtime drafts with what is exported."""
 
-import json
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -17,16 +17,17 @@ from blockscale.qat.arithmetic import first_not_finite
 from blockscale.qat.gradients import Objective
 from blockscale.qat.loading import load
 from blockscale.qat.losses import MTP_WEIGHT, divergence, next_token_loss
+from blockscale.qat.sharding import layers_of
 from tests import data
 from tests.evaluate.models import random_tokens, save_tokenizer
 from tests.model import models
 from tests.model.test_mtp import drafts, expected_drafts
 from tests.model.test_mtp import load as load_runtime
-from tests.processes import torchrun
 from tests.qat.jobs import make_text, training
 
 W4A8 = Recipe(layout="blockscale", precision={"default": "fp8", "experts": "int4:g32"})
 LAYER = f"model.layers.{models.SMALL['num_hidden_layers']}."
+SIZES = {"moe_intermediate_size": 96, "initializer_range": 0.05}
 SEQUENCE = random_tokens(40, 3, 320)
 
 
@@ -34,7 +35,7 @@ SEQUENCE = random_tokens(40, 3, 320)
 def made(tmp_path_factory):
     """A checkpoint with the layer, and what transformers and the equations make of it."""
     folder = tmp_path_factory.mktemp("mtp") / "source"
-    parts = models.make_mtp(folder, moe_intermediate_size=96, initializer_range=0.05)
+    parts = models.make_mtp(folder, **SIZES)
     save_tokenizer(folder)
     return folder, parts
 
@@ -108,6 +109,12 @@ def test_what_is_trained_and_exported_is_all_that_the_checkpoint_has(source, tmp
     assert config["num_nextn_predict_layers"] == 1
 
 
+def test_the_layer_is_sharded_as_the_others_are(source):
+    model = load_model(source)
+    assert layers_of(model) == list(model.model.layers)
+    assert len(model.model.layers) == models.SMALL["num_hidden_layers"] + 1
+
+
 def test_of_a_quantized_head_there_is_no_copy(source, tmp_path):
     model = prepare(load_model(source), Recipe(precision={"head": "fp8"}), QatOptions("learned"))
     export(model, tmp_path / "out")
@@ -118,23 +125,22 @@ def test_of_a_quantized_head_there_is_no_copy(source, tmp_path):
     drafts(load_runtime(tmp_path / "out", mtp=True), SEQUENCE, False)
 
 
-def test_two_processes_train_the_layer_as_one_does(source, tmp_path, blockscale):
+def test_the_copy_of_a_tied_head_is_the_embedding(tmp_path):
+    models.make_mtp(tmp_path / "tied", tie_word_embeddings=True, **SIZES)
+    model = prepare(load_model(tmp_path / "tied"), Recipe())
+    export(model, tmp_path / "out")
+    tensors = data.read(tmp_path / "out")
+    assert "lm_head.weight" not in tensors
+    assert tensors[f"{LAYER}shared_head.head.weight"].equal(model.model.embed_tokens.weight)
+
+
+def test_a_context_with_nothing_to_draft_is_refused(source, tmp_path):
     text = make_text(tmp_path / "text.txt")
-    recipe = tmp_path / "w4a8.json"
-    recipe.write_text(
-        json.dumps({"layout": "blockscale", "precision": {"default": "fp8", "experts": "int4:g32"}})
-    )
-    command = [
-        *("train", source, text, "--recipe", recipe, "--max-steps", 3, "--batch", 4, "--context", 16),
-        *("--lr", 1e-3, "--scales", "learned", "--device", "cpu", "--json"),
-    ]
-    two = torchrun("-m", "blockscale", *command, "--out", tmp_path / "two")
-    assert two.returncode == 0, two.stderr
-    code, said, err = blockscale(*command, "--out", tmp_path / "one")
-    assert code == 0, err
-    losses = [[step["loss"] for step in json.loads(each)["steps"]] for each in (two.stdout, said)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert data.read(tmp_path / "two").keys() == data.read(tmp_path / "one").keys()
+    with pytest.raises(BlockscaleError, match=r"context: too short .*expected at least 3, got 2"):
+        train(training(source, text, context=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    short = train(training(source, text, recipe=W4A8, steps=1, context=3, distill=None), tmp_path / "short")
+    assert math.isfinite(short.steps[0].loss)
 
 
 def test_the_loss_is_that_of_the_model_and_a_tenth_of_that_of_its_drafts(source):
